@@ -1,0 +1,186 @@
+"""The three calls of the Python API: plan a load, do it, or quantize weights that are in memory already.
+
+    loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
+    loaded.model.generate(...)              # a transformers model
+    loaded.layers[0](hidden, weights, ids)  # one layer's QuantizedExperts
+    loaded.report.as_dict()                 # what was done, and its provenance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moeplug.checkpoint.family import Family, find_family
+from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.reader import Checkpoint, read_config
+from moeplug.errors import UsageError
+from moeplug.moe.experts import QuantizedExperts
+from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
+from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
+from moeplug.pipeline.plan import activate_plugins
+from moeplug.registry import Registry
+from moeplug.scheme import Scheme, find_scheme
+
+Runtime = Literal["transformers"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished load.
+
+    layers: decoder-layer index → QuantizedExperts. model: the transformers model that holds them, or None.
+    report: bytes, errors, kernels, provenance.
+    """
+
+    layers: dict[int, QuantizedExperts]
+    model: Any
+    report: Report
+
+
+def demo_checkpoint() -> Path:
+    """Return the folder of the checkpoint that moeplug ships: a small trained Qwen3-MoE."""
+    return Path(str(resources.files("moeplug"))) / "demo" / "checkpoint"
+
+
+def plan(
+    model: str | Path | None = None,
+    scheme: str | Path | Scheme = "int8",
+    *,
+    device: str | torch.device | None = None,
+    runtime: Runtime | None = None,
+    budget: int | None = None,
+    dummy: bool = False,
+    registry: Registry | None = None,
+) -> Plan:
+    """Return everything that `load` with the same arguments would do, without reading a weight.
+
+    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name.
+    device: None takes the first GPU, or the CPU where there is none. runtime "transformers": the dense tensors count
+    too. budget: bytes; RefusedError if the load would need more at its peak. dummy: config.json is enough.
+    Raises SchemeError, CheckpointError, PluginError, InputOutputError, RefusedError, UsageError.
+    """
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, found)
+    source, family = open_source(model, dummy)
+    if dummy and runtime is not None:
+        raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
+    with_dense = runtime is not None
+    return plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
+
+
+def load(
+    model: str | Path | None = None,
+    scheme: str | Path | Scheme = "int8",
+    *,
+    device: str | torch.device | None = None,
+    runtime: Runtime | None = None,
+    budget: int | None = None,
+    dummy: bool = False,
+    observe: Iterable[str] = (),
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Loaded:
+    """Load a checkpoint, quantizing its experts while reading, and return the layers, the model and the report.
+
+    Arguments and errors as in `plan`; runtime "transformers" also builds the model around the layers. observe: names
+    of observer plugins. progress: called with (bytes read, bytes to read).
+    """
+    registry = registry or Registry.discover()
+    planned = plan(
+        model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry
+    )
+    for name in observe:
+        registry.observe(name)
+    return execute(planned, registry, runtime=runtime, progress=progress)
+
+
+def execute(
+    planned: Plan, registry: Registry, *, runtime: Runtime | None = None, progress: Progress | None = None
+) -> Loaded:
+    """Run a plan and build the runtime's model around its layers."""
+    if runtime is None:
+        result = run(planned, registry, progress)
+        return Loaded(result.layers, None, result.report)
+    from moeplug.integrations.transformers import TransformersExperts, build_model
+
+    result = run(planned, registry, progress, TransformersExperts)
+    built = build_model(planned.checkpoint.path, planned.family, result.layers, result.dense)
+    return Loaded(result.layers, built, result.report)
+
+
+def quantize_experts(
+    w13: Tensor,
+    w2: Tensor,
+    scheme: str | Path | Scheme = "int8",
+    *,
+    experts_per_token: int = 1,
+    activation: str = "silu",
+    layer: int = 0,
+    registry: Registry | None = None,
+) -> QuantizedExperts:
+    """Return the quantized experts of one layer whose weights are in memory, on the device they are on.
+
+    w13: (E, 2I, H) float, gate rows then up rows. w2: (E, H, I) float. layer: the index that overrides see.
+    The same stages run as in a load, one expert weight at a time.
+    """
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    E, H, I = w2.shape if w2.dim() == 3 else (0, 0, 0)
+    if tuple(w13.shape) != (E, 2 * I, H):
+        raise UsageError(f"w13 is {tuple(w13.shape)}, w2 is {tuple(w2.shape)}; expected (E, 2I, H) and (E, H, I)")
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    activate_plugins(resolved, registry, w13.device)
+    dtype = str(w13.dtype).removeprefix("torch.")
+    spec = LayerSpec(layer, f"layer {layer}", E, experts_per_token, H, I, activation, dtype)
+    limit = None if resolved.accept is None else resolved.accept.relative_rms
+    builder = LayerBuilder(plan_layer(spec, resolved, registry, w13.device), registry, limit)
+    weights: dict[Projection, Tensor] = {"gate": w13[:, :I], "up": w13[:, I:], "down": w2}
+    for expert in range(E):
+        for projection, tensor in weights.items():
+            builder.feed(projection, (expert,), tensor[expert : expert + 1])
+    return builder.finish()[0]
+
+
+def resolve_scheme(scheme: str | Path | Scheme, registry: Registry) -> Scheme:
+    """Return a Scheme of a Scheme, a path, or the name of an installed scheme."""
+    return scheme if isinstance(scheme, Scheme) else find_scheme(str(scheme), registry.scheme_files())
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """Return the device to use; None: the first GPU, or the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: expected cpu, cuda or cuda:N")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = found.index or 0
+        if index >= count:
+            raise UsageError(f"device {device!r}: this torch sees {count} GPUs; use --device cpu")
+        return torch.device("cuda", index)
+    return found
+
+
+def open_source(model: str | Path | None, dummy: bool = False) -> tuple[Checkpoint | DummyCheckpoint, Family]:
+    """Return a checkpoint, headers validated, and its family; dummy: its config.json with generated weights."""
+    path = demo_checkpoint() if model is None else Path(model)
+    if dummy:
+        config = read_config(path)
+        family = find_family(config)
+        return DummyCheckpoint.from_config(config, family), family
+    checkpoint = Checkpoint.open(path)
+    return checkpoint, find_family(checkpoint.config)

@@ -1,0 +1,101 @@
+"""Say which kernel serves a group of experts on a device, and why not the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from moeplug.errors import SchemeError
+from moeplug.moe.layout import LayerSpec, Layout
+from moeplug.spec import ActivationSpec, WeightSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeplug.formats import NumberFormat
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a kernel has to know of a device, as data, so that selection is tested without one.
+
+    type: "cpu" or "cuda". compute_capability: (9, 0) on Hopper; None on CPU.
+    """
+
+    type: str
+    index: int = 0
+    compute_capability: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.type if self.type == "cpu" else f"{self.type}:{self.index}"
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a group of experts needs: sizes, formats of both products, and the device. Pure data."""
+
+    layer: LayerSpec
+    device: Device
+    gate_up: WeightSpec | None
+    down: WeightSpec | None
+    gate_up_format: NumberFormat
+    down_format: NumberFormat
+    input_activations: ActivationSpec | None = None
+    intermediate: ActivationSpec | None = None
+
+
+class ExpertsForward(Protocol):
+    """What stage 5 returns: the experts' part of a MoE layer."""
+
+    def __call__(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return (M, H): the sum over T, in the order of T, of topk_weights * expert(hidden).
+
+        hidden: (M, H) float. topk_weights: (M, T) float32. topk_ids: (M, T) int32 or int64, slots of the buffers;
+        an id below 0 or at least E contributes nothing, a repeated id counts twice.
+        out: (M, H) of hidden's dtype or float32, written and returned; None: a new tensor of hidden's dtype.
+        """
+
+
+class Kernel(ABC):
+    """One fused-MoE kernel: what it serves, the weight layout it wants, and how to bind it to buffers."""
+
+    name: str
+    layout: Layout
+
+    @abstractmethod
+    def reason_against(self, request: KernelRequest) -> str | None:
+        """Return None if this kernel serves the request, else why not, in one line."""
+
+    @abstractmethod
+    def bind(
+        self, request: KernelRequest, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> ExpertsForward:
+        """Return the callable over these buffers (shapes as in `moeplug.hookspecs`, stages 1 and 4)."""
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}>"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen kernel, and the reason against every other one that was asked before or instead."""
+
+    kernel: Kernel
+    against: tuple[tuple[str, str], ...]
+
+
+def select_kernel(request: KernelRequest, kernels: Iterable[Kernel]) -> Selection:
+    """Return the first kernel that serves the request; raise SchemeError with every reason if none does."""
+    chosen, against = None, []
+    for kernel in kernels:
+        reason = kernel.reason_against(request)
+        if reason is None and chosen is None:
+            chosen = kernel
+        else:
+            against.append((kernel.name, reason or f"{chosen.name if chosen else ''} is preferred"))
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in against) or "no kernel is registered"
+        raise SchemeError(f"layer {request.layer.index}: no kernel serves this scheme on {request.device}: {reasons}")
+    return Selection(chosen, tuple(against))

@@ -1,0 +1,139 @@
+"""Run the five stages over a checkpoint: one pass, in file order, in bounded memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeplug.checkpoint.locate import by_piece
+from moeplug.checkpoint.reader import Piece, TensorInfo, in_file_order
+from moeplug.errors import MoeplugError
+from moeplug.moe.experts import QuantizedExperts
+from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass
+from moeplug.pipeline.plan import READ_BUFFERS, TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
+from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
+from moeplug.registry import Registry
+
+__all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "plan_layer", "plan_model", "run"]
+
+STAGES = ("allocate", "load", "quantize", "create_scales", "setup_kernel")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run leaves: the layers by decoder-layer index, the dense tensors by disk name, and the report."""
+
+    layers: dict[int, QuantizedExperts]
+    dense: dict[str, Tensor]
+    report: Report
+
+
+def run(
+    plan: Plan,
+    registry: Registry,
+    progress: Progress | None = None,
+    module_class: ModuleClass = QuantizedExperts,
+) -> Result:
+    """Do what the plan says and return the result; on any error nothing is kept.
+
+    progress: called with (bytes read, bytes to read) after each piece.
+    """
+    started = time.perf_counter()
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(plan.device)
+    job = _Job(plan, registry, module_class)
+    job.read_everything(progress or (lambda done, total: None))
+    if plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)
+    layers = tuple(LayerReport(layer, job.errors[layer.layer.index]) for layer in plan.layers)
+    report = Report(
+        plan=plan,
+        layers=layers,
+        seconds=time.perf_counter() - started,
+        bytes_read=job.total_bytes,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else None,
+        provenance=provenance(plan, registry),
+    )
+    return Result(dict(sorted(job.finished.items())), job.dense, report)
+
+
+class _Job:
+    """One pass over the files: which piece feeds which layer, and which layers are open."""
+
+    def __init__(self, plan: Plan, registry: Registry, module_class: ModuleClass) -> None:
+        self._plan, self._registry, self._module_class = plan, registry, module_class
+        self._layer_plans = {layer.layer.index: layer for layer in plan.layers}
+        self._open: dict[int, LayerBuilder] = {}
+        self.finished: dict[int, QuantizedExperts] = {}
+        self.errors: dict[int, LayerErrors] = {}
+        self.dense: dict[str, Tensor] = {}
+        self._experts = by_piece(plan.sources)
+        self._pieces = in_file_order([*self._experts, *self._dense_pieces()])
+        self.total_bytes = sum(piece.nbytes for piece in self._pieces)
+
+    def read_everything(self, progress: Progress) -> None:
+        buffers = self._read_buffers()
+        done = 0
+        with closing(self._plan.checkpoint.stream(self._pieces, [memoryview(b.numpy()) for b in buffers])) as stream:
+            for piece, data in stream:
+                raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
+                if piece in self._experts:
+                    self._feed(piece, raw)
+                else:
+                    self._keep(piece, raw)
+                done += piece.nbytes
+                progress(done, self.total_bytes)
+        assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
+
+    def _feed(self, piece: Piece, raw: Tensor) -> None:
+        """Give the expert weights in one piece to their layers, and finish those that are complete."""
+        dtype = _torch_dtype(piece.tensor)
+        for source in self._experts[piece]:
+            builder = self._builder(source.layer)
+            origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
+            weight = source.weight_of(raw.view(dtype))
+            builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
+            if builder.complete:
+                self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
+                del self._open[source.layer]
+
+    def _keep(self, piece: Piece, raw: Tensor) -> None:
+        """Copy a part of a dense tensor to its place."""
+        tensor = self.dense[piece.tensor.name]
+        tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
+
+    def _builder(self, layer: int) -> LayerBuilder:
+        if layer not in self._open:
+            accept = self._plan.scheme.accept
+            limit = None if accept is None else accept.relative_rms
+            self._open[layer] = LayerBuilder(self._layer_plans[layer], self._registry, limit)
+        return self._open[layer]
+
+    def _dense_pieces(self) -> Iterator[Piece]:
+        """Allocate the dense tensors and yield their pieces, none larger than a read buffer."""
+        if not self._plan.with_dense:
+            return
+        step = self._plan.read_buffer_bytes
+        for tensor in self._plan.kept:
+            self.dense[tensor.name] = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
+            yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
+
+    def _read_buffers(self) -> list[Tensor]:
+        pinned = self._plan.device.type == "cuda"
+        largest = max((piece.nbytes for piece in self._pieces), default=1)
+        return [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(READ_BUFFERS)]
+
+
+def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
+    name = TORCH_DTYPES.get(tensor.dtype)
+    if name is None or not hasattr(torch, name):
+        raise MoeplugError(f"{tensor.file.name}: {tensor.name}: dtype {tensor.dtype} has no torch dtype")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

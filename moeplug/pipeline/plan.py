@@ -1,0 +1,318 @@
+"""Say everything that will happen, from headers alone, before a weight byte is read, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.family import Family
+from moeplug.checkpoint.locate import WeightSource
+from moeplug.checkpoint.reader import Checkpoint, TensorInfo
+from moeplug.errors import RefusedError, SchemeError
+from moeplug.formats import NumberFormat, Unquantized
+from moeplug.hookspecs import StageContext
+from moeplug.kernels.select import Device, KernelRequest, select_kernel
+from moeplug.manifest import check_scheme
+from moeplug.moe.experts import describe
+from moeplug.moe.layout import PROJECTIONS, LayerSpec
+from moeplug.pipeline.setup_kernel import device_of
+from moeplug.quantization import CHUNK_ELEMENTS, bytes_of_weight, check_spec
+from moeplug.registry import Plugin, Registry
+from moeplug.scheme import Scheme
+from moeplug.spec import WeightSpec
+
+# safetensors' name of a dtype → torch's.
+TORCH_DTYPES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+READ_BUFFERS = 2  # one is filled while the other is quantized
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """An expert group with its planned kernel, and the reason against every other kernel."""
+
+    ctx: StageContext
+    against: tuple[tuple[str, str], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the stored bytes of the group, scales included."""
+        ctx = self.ctx
+        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *ctx.layer.weight_shape(p)) for p in PROJECTIONS]
+        return len(ctx.experts) * sum(sizes)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One MoE layer: its groups and its bytes before and after."""
+
+    layer: LayerSpec
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Return the bytes of the layer's expert weights in the checkpoint's dtype."""
+        layer = self.layer
+        return 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Return the bytes of the layer's stored experts, scales included."""
+        return sum(group.nbytes for group in self.groups)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints of this layer."""
+        return {
+            "layer": self.layer.index,
+            "experts": self.layer.num_experts,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "groups": [
+                {
+                    "experts": ranges(group.ctx.experts),
+                    "plugin": group.ctx.plugin,
+                    "weights": describe(group.ctx),
+                    "kernel": group.ctx.kernel.name,
+                    "layout": group.ctx.layout.name,
+                    "kernels_not_chosen": dict(group.against),
+                }
+                for group in self.groups
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a load will do. `moeplug plan` prints it; `moeplug load` runs it and is held to it."""
+
+    checkpoint: Checkpoint | DummyCheckpoint
+    family: Family
+    scheme: Scheme
+    device: torch.device
+    layers: tuple[LayerPlan, ...]
+    sources: tuple[WeightSource, ...]
+    kept: tuple[TensorInfo, ...]
+    with_dense: bool
+
+    @property
+    def expert_bytes_before(self) -> int:
+        """Return the bytes of all expert weights in the checkpoint."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def expert_bytes_after(self) -> int:
+        """Return the bytes of all expert weights as they will be kept."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Return the bytes of every tensor outside the experts; they stay as they are."""
+        return sum(tensor.nbytes for tensor in self.kept)
+
+    @property
+    def read_buffer_bytes(self) -> int:
+        """Return the size of one read buffer: the largest piece of an expert tensor, at least 1 MiB for the rest."""
+        return max(1 << 20, *(source.nbytes for source in self.sources))
+
+    @property
+    def transient_bytes(self) -> int:
+        """Return the memory needed on the device only while loading: staging and float32 scratch."""
+        scratch = 3 * 4 * CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
+        staged = 1 if self.device.type == "cuda" else READ_BUFFERS
+        return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the peak bytes on the device: what stays, dense weights included when they are loaded, and transient."""
+        return self.expert_bytes_after + (self.dense_bytes if self.with_dense else 0) + self.transient_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `moeplug plan --json` prints."""
+        return {
+            "model": str(self.checkpoint.path),
+            "model_type": self.family.name,
+            "scheme": self.scheme.name,
+            "device": str(self.device),
+            "layers": [layer.as_dict() for layer in self.layers],
+            "expert_bytes_before": self.expert_bytes_before,
+            "expert_bytes_after": self.expert_bytes_after,
+            "dense_bytes": self.dense_bytes,
+            "dense_tensors": len(self.kept),
+            "transient_bytes": self.transient_bytes,
+            "peak_bytes": self.peak_bytes,
+            "notes": list(self.checkpoint.notes),
+        }
+
+
+def plan_model(
+    checkpoint: Checkpoint | DummyCheckpoint,
+    family: Family,
+    scheme: Scheme,
+    registry: Registry,
+    device: torch.device,
+    *,
+    with_dense: bool,
+    budget: int | None = None,
+) -> Plan:
+    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget."""
+    layers, sources = [], []
+    for layer in family.layers(checkpoint.config):
+        found = family.locate(layer, checkpoint.tensors)
+        # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
+        layers.append(replace(layer, dtype=TORCH_DTYPES[found[0].tensor.dtype]))
+        sources.extend(found)
+    check_overrides(scheme, layers)
+    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
+    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
+    if budget is not None and plan.peak_bytes > budget:
+        raise RefusedError(
+            f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak; --budget allows "
+            f"{gigabytes(budget)}. Nothing was read. Use a scheme with fewer bits, or a larger budget"
+        )
+    return plan
+
+
+def plan_layer(layer: LayerSpec, scheme: Scheme, registry: Registry, device: torch.device) -> LayerPlan:
+    """Return one layer's groups: its experts by spec and plugin, each group with the kernel that will run it."""
+    by_spec: dict[tuple[str | None, WeightSpec | None, WeightSpec | None], list[int]] = {}
+    for expert in range(layer.num_experts):
+        by_spec.setdefault(_specs_of(layer, scheme, expert), []).append(expert)
+    groups = []
+    for (plugin, gate_up, down), experts in by_spec.items():
+        groups.append(_plan_group(layer, scheme, registry, device, plugin, gate_up, down, tuple(experts)))
+    return LayerPlan(layer, tuple(groups))
+
+
+def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -> None:
+    """Check a scheme against what its plugins declare, and import them; the device must be one that they serve."""
+    where = str(scheme.source) if scheme.source is not None else f"scheme '{scheme.name}'"
+    plugins = [registry.require(name, where) for name in sorted(scheme.plugins())]
+    if problems := check_scheme(scheme, registry.manifests()):
+        raise SchemeError("\n".join(str(problem) for problem in problems))
+    for plugin in plugins:
+        _check_needs(plugin, device_of(device), where)
+        registry.activate(plugin.name, where)
+
+
+def _check_needs(plugin: Plugin, device: Device, where: str) -> None:
+    needs = None if plugin.manifest is None else plugin.manifest.needs
+    if needs is None:
+        return
+    served = [name for name in ("cuda", "cpu") if getattr(needs, name) is not None]
+    if device.type not in served:
+        raise SchemeError(f"{where}: {plugin.label} serves {', '.join(served)}, not {device}; choose another --device")
+    least = needs.cuda.minimum if needs.cuda is not None and device.type == "cuda" else None
+    if least is not None and (device.compute_capability or (0, 0)) < least:
+        found = "{}.{}".format(*device.compute_capability or (0, 0))
+        raise SchemeError(
+            f"{where}: {plugin.label} needs compute capability {least[0]}.{least[1]}; {device} has {found}"
+        )
+
+
+def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
+    """Raise SchemeError where an override selects no layer or expert of this model: it would do nothing, silently."""
+    experts = [(layer.index, expert) for layer in layers for expert in range(layer.num_experts)]
+    for index, override in enumerate(scheme.overrides):
+        if not any(override.selects(layer, expert) for layer, expert in experts):
+            moe = ranges([layer.index for layer in layers])
+            most = max(layer.num_experts for layer in layers)
+            raise SchemeError(
+                f"{scheme.where(('overrides', index))}: overrides.{index} selects nothing: this model has MoE layers "
+                f"{moe} with experts 0-{most - 1}"
+            )
+
+
+def _plan_group(
+    layer: LayerSpec,
+    scheme: Scheme,
+    registry: Registry,
+    device: torch.device,
+    plugin: str | None,
+    gate_up: WeightSpec | None,
+    down: WeightSpec | None,
+    experts: tuple[int, ...],
+) -> GroupPlan:
+    request = KernelRequest(
+        layer=layer,
+        device=device_of(device),
+        gate_up=gate_up,
+        down=down,
+        gate_up_format=_format(gate_up, layer, registry),
+        down_format=_format(down, layer, registry),
+        input_activations=scheme.input_activations,
+        intermediate=scheme.intermediate,
+    )
+    for projection in PROJECTIONS:
+        spec = down if projection == "down" else gate_up
+        fmt = request.down_format if projection == "down" else request.gate_up_format
+        if spec is not None:
+            _check_fit(scheme, layer, projection, spec, fmt)
+    selection = select_kernel(request, registry.kernels())
+    ctx = StageContext(plugin, request, experts, selection.kernel, _options_of(plugin, scheme, registry))
+    return GroupPlan(ctx, selection.against)
+
+
+def _options_of(plugin: str | None, scheme: Scheme, registry: Registry) -> dict[str, Any]:
+    """Return the scheme's options for its own plugin, and the declared defaults for any other."""
+    manifest = registry.manifests().get(plugin or "")
+    return {} if manifest is None else manifest.with_defaults(scheme.options if plugin == scheme.plugin else {})
+
+
+def _check_fit(scheme: Scheme, layer: LayerSpec, projection: Any, spec: WeightSpec, fmt: NumberFormat) -> None:
+    try:
+        check_spec(spec, fmt, *layer.weight_shape(projection))
+    except SchemeError as error:
+        where = scheme.where(("weights",))
+        raise SchemeError(f"{where}: layer {layer.index}, {projection}: {error}") from error
+
+
+def _specs_of(
+    layer: LayerSpec, scheme: Scheme, expert: int
+) -> tuple[str | None, WeightSpec | None, WeightSpec | None]:
+    (up_plugin, up), (down_plugin, down) = (
+        scheme.weights_for(layer.index, expert, p) for p in ("gate_up", "down")
+    )
+    plugins = {plugin for plugin, spec in ((up_plugin, up), (down_plugin, down)) if spec is not None}
+    if len(plugins) > 1:
+        raise SchemeError(
+            f"{scheme.where(('overrides',))}: layer {layer.index}, expert {expert}: gate_up is by plugin {up_plugin}, "
+            f"down by plugin {down_plugin}; one expert has one plugin"
+        )
+    return (plugins.pop() if plugins else None), up, down
+
+
+def _format(spec: WeightSpec | None, layer: LayerSpec, registry: Registry) -> NumberFormat:
+    return Unquantized(dtype_of(layer)) if spec is None else registry.format(spec.format)
+
+
+def dtype_of(layer: LayerSpec) -> torch.dtype:
+    """Return the torch dtype of a layer's weights in the checkpoint."""
+    dtype: torch.dtype = getattr(torch, layer.dtype)
+    return dtype
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as a scheme writes them, for example "0-3,9"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def gigabytes(count: float) -> str:
+    """Return bytes for people: decimal units, as `--budget` reads them."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

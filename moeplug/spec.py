@@ -1,0 +1,90 @@
+"""What a scheme says about one tensor: how weights are stored, how activations are quantized.
+
+Field names are those of compressed-tensors, so that an export is one to one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moeplug.validation import NAME_PATTERN, field_error
+
+FormatName = Annotated[str, Field(pattern=NAME_PATTERN)]
+_Side = Annotated[int, Field(ge=1, le=65536)]
+
+
+class WeightSpec(BaseModel):
+    """How one projection's weights (N, K) are stored.
+
+    Scales have the shape (N, K) reduced by `strategy`: tensor (1, 1); channel (N, 1); group (N, K / group_size);
+    block (N / rows, K / columns) of `block_structure`, rounded up. Values decode as (stored - zero_point) * scale.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: FormatName = Field(description="a number format that the plugin registers, for example int8")
+    strategy: Literal["tensor", "channel", "group", "block"] = Field(
+        default="channel",
+        description="which weights share a scale: all of the tensor, a row (channel), "
+        "group_size weights of a row, or a block of block_structure",
+    )
+    group_size: int | None = Field(
+        default=None,
+        ge=2,
+        le=65536,
+        description="strategy group: how many weights along K share a scale; it must divide K",
+    )
+    block_structure: tuple[_Side, _Side] | None = Field(
+        default=None,
+        strict=False,  # a list is fine, in YAML and in Python
+        description="strategy block: [rows, columns] that share a scale",
+    )
+    symmetric: bool = Field(default=True, description="false: a zero point beside every scale")
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="what scales are rounded to before the weights are encoded with them"
+    )
+
+    @model_validator(mode="after")
+    def _strategy_and_sizes_agree(self) -> WeightSpec:
+        _require(self.strategy, "group", "group_size", self.group_size, "group_size: 128")
+        _require(self.strategy, "block", "block_structure", self.block_structure, "block_structure: [128, 128]")
+        return self
+
+    def describe(self) -> str:
+        """Return a short label, for example `int8 g128 asym`."""
+        size = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block_structure or ()))}
+        words = [self.format, size.get(self.strategy, self.strategy)]
+        return " ".join(words if self.symmetric else [*words, "asym"])
+
+
+class ActivationSpec(BaseModel):
+    """How activations (M, K) are quantized before a product. Dynamic: scales are made from each call's values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: FormatName = Field(description="a number format that an installed plugin registers")
+    strategy: Literal["tensor", "token", "group"] = Field(
+        default="token", description="which values share a scale: all, one token's, or group_size of one token's"
+    )
+    group_size: int | None = Field(
+        default=None, ge=2, le=65536, description="strategy group: how many values along K share a scale"
+    )
+    dynamic: Literal[True] = Field(default=True, description="only dynamic activation scales exist")
+
+    @model_validator(mode="after")
+    def _strategy_and_sizes_agree(self) -> ActivationSpec:
+        _require(self.strategy, "group", "group_size", self.group_size, "group_size: 128")
+        return self
+
+
+def _require(strategy: str, needed_by: str, field: str, value: object, example: str) -> None:
+    """Raise where a size is missing under the strategy that needs it, or given under another."""
+    if strategy == needed_by and value is None:
+        raise field_error(field, f"strategy: {needed_by} needs {field}, for example {example}")
+    if strategy != needed_by and value is not None:
+        raise field_error(
+            field,
+            f"{field} has a meaning only with strategy: {needed_by}, but strategy is {strategy}; change one of them",
+        )
