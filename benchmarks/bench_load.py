@@ -63,7 +63,9 @@ def reset_peak() -> None:
 
 def plain_read(files: list[Path], threads: int) -> float:
     """Return seconds to pread all files into reused buffers with some threads."""
-    parts = [(f, o, min(READ_BYTES, f.stat().st_size - o)) for f in files for o in range(0, f.stat().st_size, READ_BYTES)]
+    parts = [
+        (f, o, min(READ_BYTES, f.stat().st_size - o)) for f in files for o in range(0, f.stat().st_size, READ_BYTES)
+    ]
     todo, lock = iter(parts), threading.Lock()
 
     def work() -> None:

@@ -1,11 +1,11 @@
 """Train the small Mixture-of-Experts model that ships in moeplug/demo, on the text of CPython itself.
 
-    python examples/train_demo.py --out demo                            # train and save, 5 minutes on one GPU
+    python examples/train_demo.py --out demo                            # train and save, minutes on one GPU
     python examples/train_demo.py --check-quantization moeplug/demo     # what 8 and 4 bits do to it, on a CPU
 
 The result is a Qwen3-MoE checkpoint as the family has it on disk (`DIR/checkpoint`) and the text it was scored on
-(`DIR/heldout.txt`). The text is reStructuredText and Python: small, under one licence, and on every Python
-developer's disk, so that whoever doubts a number of the demo can make the model again.
+(`DIR/heldout.txt`). The text is reStructuredText and Python: under one licence and on most Python developers' disks,
+so that whoever doubts a number of the demo can make the model again.
 """
 
 import argparse
@@ -26,10 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 END = "<|endoftext|>"
 CONTEXT = 1024  # tokens, in training and in scoring
+VOCABULARY = 2048  # 3.2 bytes per token on this text; embedding and output share a tenth of all weights
+BALANCE_WEIGHT = 0.01
 PROMPTS = ("The :mod:`", "Return a new ", "def __init__(self", ".. versionchanged:: 3.")
 
-
-# --- text -----------------------------------------------------------------------------------------------------------
+# encodings and entities are tables; topics is a second copy of the reference manual, which would put held-out pages
+# into the training text.
+SKIPPED_PARTS = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
+SKIPPED_FILES = ("entities.py", "_sysconfigdata")
+TEST_PARTS = {"test", "tests", "idle_test"}
 
 
 class Document(NamedTuple):
@@ -41,15 +46,8 @@ class Document(NamedTuple):
         return self.name.endswith(".rst")
 
     @property
-    def is_test(self) -> bool:
-        return bool(TEST_PARTS.intersection(Path(self.name).parts))
-
-
-# Tables are no language (encodings, entities); topics is a second copy of the reference manual, which would put held-out
-# pages into the training text.
-SKIPPED_PARTS = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
-SKIPPED_FILES = ("entities.py", "_sysconfigdata")
-TEST_PARTS = {"test", "tests", "idle_test"}
+    def may_be_held_out(self) -> bool:
+        return 2_000 <= len(self.text) <= 12_000 and not TEST_PARTS.intersection(Path(self.name).parts)
 
 
 def default_corpus() -> list[Path]:
@@ -61,10 +59,10 @@ def default_corpus() -> list[Path]:
 
 
 def read_corpus(paths: Iterable[Path]) -> list[Document]:
-    """Every .py and .rst file below the paths, once per content, in the order of their names; a file named is taken."""
+    """Every .py and .rst file below the folders and every file named, once per content, in the order of names."""
     documents: dict[str, Document] = {}
     for root in paths:
-        files = [root] if root.is_file() else [p for p in root.rglob("*") if is_wanted(p.relative_to(root))]
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if is_wanted(p.relative_to(root)))
         for file in files:
             name = file.name if file == root else file.relative_to(root).as_posix().removesuffix(".txt")
             if text := read_text(file):
@@ -81,32 +79,30 @@ def read_text(file: Path) -> str:
     """The file's text, or "" where it is not UTF-8 or where letters are under half of it: a table."""
     try:
         data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode().replace("\r\n", "\n")
     except (UnicodeDecodeError, OSError):
         return ""
     printed = "".join(text.split())
     return text if sum(map(str.isalpha, printed)) > len(printed) / 2 else ""
 
 
-def split_heldout(documents: list[Document], n_bytes: int) -> tuple[list[str], str]:
-    """Return (training texts, held-out text): whole files by hash of name, half of the bytes prose and half code.
+def split_heldout(documents: list[Document], n_chars: int) -> tuple[list[str], str]:
+    """Return (training texts, held-out text): whole files by hash of name, half of it prose and half code.
 
-    Files of 2 to 12 kB, so that a held-out text of 80 kB still is a dozen subjects. A training text loses every
-    paragraph that stands in the held-out text too (licence notes, examples that the manual repeats).
+    A training text loses every paragraph that stands in the held-out text too (licence notes, repeated examples).
     """
     ranked = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
     heldout: list[Document] = []
     for is_prose in (True, False):
-        left = n_bytes // 2
+        left = n_chars // 2
         for document in ranked:
-            size = len(document.text.encode())
-            if document.is_prose == is_prose and not document.is_test and 2_000 <= size <= min(left, 12_000):
+            if document.is_prose == is_prose and document.may_be_held_out and len(document.text) <= left:
                 heldout.append(document)
-                left -= size
-    seen = {p for d in heldout for p in map(normalized, d.text.split("\n\n")) if len(p) >= 40}
-    names = {d.name for d in heldout}  # another version of a held-out file would give it away as well
-    training = [without_paragraphs(d.text, seen) for d in documents if d.name not in names]
+                left -= len(document.text)
     print("held out:", *(d.name for d in heldout))
+    names = {d.name for d in heldout}  # another version of a held-out file would give it away as well
+    seen = {p for d in heldout for p in map(normalized, d.text.split("\n\n")) if len(p) >= 40}
+    training = [without_paragraphs(d.text, seen) for d in documents if d.name not in names]
     return [text for text in training if text], "\n\n".join(d.text.strip() for d in heldout) + "\n"
 
 
@@ -118,16 +114,14 @@ def without_paragraphs(text: str, unwanted: set[str]) -> str:
     return "\n\n".join(p for p in text.split("\n\n") if normalized(p) not in unwanted)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE: no text is out of vocabulary, and decode(encode(text)) == text, which bits per byte needs."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -141,18 +135,15 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
     return torch.cat([torch.tensor([*e.ids, tokenizer.eos_token_id], dtype=torch.int32) for e in encodings])
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
-
-
-def build_model(args: argparse.Namespace, eos: int) -> nn.Module:
+def build_model(eos: int, device: str) -> nn.Module:
     """A Qwen3-MoE in bfloat16. H=256 and I=128 are multiples of 128, so that schemes with groups of 128 fit."""
     config = Qwen3MoeConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,  # of dense layers: there is none
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,  # of dense layers: there is none
         moe_intermediate_size=128,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
+        num_hidden_layers=5,
+        num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=32,
         num_experts=8,
@@ -160,19 +151,19 @@ def build_model(args: argparse.Namespace, eos: int) -> nn.Module:
         norm_topk_prob=True,
         tie_word_embeddings=True,
         max_position_embeddings=CONTEXT,
-        router_aux_loss_coef=args.balance,
+        router_aux_loss_coef=BALANCE_WEIGHT,
         eos_token_id=eos,
     )
-    # grouped_mm takes bfloat16 weights alone; the optimizer below holds the float32 ones
+    # grouped_mm takes bfloat16 weights only; the optimizer below holds the float32 ones
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm")
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=eos)
-    return model.to(args.device)
+    return model.to(device)
 
 
 def add_dropout(model: nn.Module, p: float) -> None:
     """Drop values of what attention and experts add to the residual: Qwen3-MoE has no dropout of its own there.
 
-    Five minutes of an H100 are some 50 passes over 20 MB of text; without it the model learns the text by heart.
+    @DROPOUT@
     Hooks leave the saved model as the family has it.
     """
     for layer in model.model.layers:
@@ -183,25 +174,21 @@ def add_dropout(model: nn.Module, p: float) -> None:
 def losses(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return (cross-entropy in nats per token, balance loss: 1.0 where every expert gets the same share).
 
-    transformers' own balance loss sums over layers first, so that two layers may cancel; this one is per layer.
+    transformers' own balance loss sums over the layers first, so that two layers may cancel; this one is per layer.
     """
     out = model.model(inputs, output_router_logits=True, use_cache=False)
     logits = model.lm_head(out.last_hidden_state).float()
-    config = model.config
     balance = logits.new_zeros(())
     for router_logits in out.router_logits:
-        share = chosen_share(router_logits, config.num_experts_per_tok)
-        balance += config.num_experts * (share * router_logits.float().softmax(-1).mean(0)).sum()
+        share = chosen_share(router_logits, model.config.num_experts_per_tok)
+        balance += len(share) * (share * router_logits.float().softmax(-1).mean(0)).sum()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), balance / len(out.router_logits)
 
 
 def chosen_share(router_logits: Tensor, top_k: int) -> Tensor:
-    """Return (E,): the share of (token, choice) pairs that each expert gets. router_logits: (M, E)."""
+    """Return (E,): the share of all (token, choice) pairs that each expert gets. router_logits: (M, E)."""
     chosen = F.one_hot(router_logits.topk(top_k).indices, router_logits.shape[-1])
     return chosen.float().mean((0, 1))
-
-
-# --- optimizer ------------------------------------------------------------------------------------------------------
 
 
 class Optimizer:
@@ -212,29 +199,28 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         self.weight_decay = weight_decay
-        parameters = dict(model.named_parameters())
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for name, p in parameters.items():
-            if name.endswith(("_proj", "_proj.weight")):
-                by_shape.setdefault(p.shape, []).append(p)
+        others: list[nn.Parameter] = []
+        for name, p in model.named_parameters():
+            is_matrix = name.endswith(("_proj", "_proj.weight"))
+            (by_shape.setdefault(p.shape, []) if is_matrix else others).append(p)
         # equal shapes are stacked: one batched product instead of one launch per matrix
         self.matrices = [(ps, stacked(ps), torch.zeros_like(stacked(ps))) for ps in by_shape.values()]
-        muon = {p for ps in by_shape.values() for p in ps}
-        self.rest = [(p, p.detach().float().requires_grad_()) for p in parameters.values() if p not in muon]
+        self.others = [(p, p.detach().float()) for p in others]
         groups = [
-            {"params": [m for _, m in self.rest if m.ndim > 1], "weight_decay": weight_decay},
-            {"params": [m for _, m in self.rest if m.ndim == 1], "weight_decay": 0.0},  # norms stay near 1
+            {"params": [m for _, m in self.others if m.ndim > 1], "weight_decay": weight_decay},
+            {"params": [m for _, m in self.others if m.ndim == 1], "weight_decay": 0.0},  # norms stay near 1
         ]
         self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for p, master in self.rest:
-            master.grad = p.grad.float()
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        for p, master in self.others:
+            master.grad = p.grad.float()
         self.adamw.step()
-        for p, master in self.rest:
+        for p, master in self.others:
             p.copy_(master)
         for ps, master, momentum in self.matrices:
             grad = torch.stack([p.grad for p in ps]).float()
@@ -255,16 +241,13 @@ def orthogonal(g: Tensor) -> Tensor:
     Five Newton-Schulz steps with the quintic of Muon; bfloat16 is enough, since the result is a direction.
     """
     x = g.bfloat16()
-    if wide := x.shape[-2] > x.shape[-1]:
+    if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if wide else x).float()
-
-
-# --- training -------------------------------------------------------------------------------------------------------
+    return (x.mT if tall else x).float()
 
 
 def batches(tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -273,10 +256,9 @@ def batches(tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         cut = int(torch.randint(CONTEXT, ()))
         starts = cut + CONTEXT * torch.randperm((len(tokens) - 1 - cut) // CONTEXT)
-        for chosen in starts.to(tokens.device).split(rows):
-            if len(chosen) == rows:
-                window = tokens[chosen[:, None] + span].long()
-                yield window[:, :-1], window[:, 1:]
+        for chosen in starts[: len(starts) // rows * rows].to(tokens.device).split(rows):
+            window = tokens[chosen[:, None] + span].long()
+            yield window[:, :-1], window[:, 1:]
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -290,31 +272,28 @@ def train(model: nn.Module, tokens: Tensor, args: argparse.Namespace, score: Cal
     add_dropout(model, args.dropout)
     step_losses = torch.compile(losses, dynamic=False) if args.compile else losses
     limit = 60 * args.minutes
-    start = next_report = 0.0
+    start, next_report = math.inf, 0.0
     for step, (inputs, targets) in enumerate(batches(tokens, args.rows)):
         if step == 3:  # compilation and the first allocations are not training
             start = time.perf_counter()
-        elapsed = time.perf_counter() - start if start else 0.0
+        elapsed = max(time.perf_counter() - start, 0.0)
         if elapsed >= limit:
             break
         model.train()
         nats, balance = step_losses(model, inputs, targets)
-        (nats + args.balance * balance).backward()
+        (nats + BALANCE_WEIGHT * balance).backward()
         optimizer.step(learning_rate(args.lr, max(elapsed / limit, 1e-3)))
         model.zero_grad(set_to_none=True)
         if step % 10 == 0:
             nats.item()  # the clock must not run ahead of the GPU's queue
         if elapsed >= next_report:
-            next_report += limit / 20
-            seen = (step + 1) * inputs.numel()
+            next_report += limit / 12
+            n_seen = (step + 1) * inputs.numel()
             print(
-                f"{elapsed:6.1f} s  step {step:6d}  passes {seen / len(tokens):5.1f}  {seen / max(elapsed, 1):.0f} tok/s"
+                f"{elapsed:6.1f} s  step {step:6d}  passes {n_seen / len(tokens):5.1f}"
                 f"  train {nats.item():.3f} nats  balance {balance.item():.3f}  held-out {score()}",
                 flush=True,
             )
-
-
-# --- scoring --------------------------------------------------------------------------------------------------------
 
 
 class Score(NamedTuple):
@@ -327,36 +306,27 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, ids: Tensor, n_bytes: int, rows: int = 8) -> Score:
-    """Score ids, (tokens,), in windows of CONTEXT tokens that do not overlap; END stands before the first token."""
+def score_text(model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: str) -> Score:
+    """Score every token of the text once, in windows of CONTEXT that do not overlap; END stands before the first."""
     model.eval()
-    ids = F.pad(ids.long(), (1, 0), value=model.config.eos_token_id).to(model.device)
-    n_full = (len(ids) - 1) // CONTEXT
-    windows = list(ids[: n_full * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT).split(rows))
-    if len(ids) - 1 > n_full * CONTEXT:
-        windows.append(ids[None, n_full * CONTEXT :])
-    nats = 0.0
-    counts = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
-    for window in windows:
+    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text, verbose=False).input_ids], device=model.device)
+    nats, shares = 0.0, torch.zeros(())
+    for start in range(0, len(ids) - 1, CONTEXT):
+        window = ids[None, start : start + CONTEXT + 1]
         out = model.model(window[:, :-1], output_router_logits=True, use_cache=False)
         logits = model.lm_head(out.last_hidden_state).float()
-        nats += F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
-        shares = [chosen_share(r, model.config.num_experts_per_tok) for r in out.router_logits]
-        counts += torch.stack(shares).cpu() * (window.numel() - len(window))
+        nats += F.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
+        chosen = [chosen_share(r, model.config.num_experts_per_tok) for r in out.router_logits]
+        shares = shares + torch.stack(chosen).cpu() * (window.numel() - 1)
     n_tokens = len(ids) - 1
-    return Score(nats / math.log(2) / n_bytes, math.exp(nats / n_tokens), 100 * counts / n_tokens)
+    return Score(nats / math.log(2) / len(text.encode()), math.exp(nats / n_tokens), 100 * shares / n_tokens)
 
 
-def score_text(model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: str) -> Score:
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return evaluate(model, ids, len(text.encode()))
-
-
-def fake_quantize(w: Tensor, largest: int, group: int) -> Tensor:
-    """Return w, (..., K), rounded to integers of at most `largest` times amax / largest of each group of weights."""
+def rounded(w: Tensor, largest: int, group: int) -> Tensor:
+    """Return w, (..., K), as integers up to `largest` times a float32 scale, amax / largest, per group of weights."""
     groups = w.float().unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
-    return ((groups / scale).round() * scale).flatten(-2).to(w.dtype)
+    return ((groups / scale).round() * scale).flatten(-2)
 
 
 @torch.no_grad()
@@ -365,15 +335,11 @@ def check_quantization(folder: Path) -> None:
     text = (folder / "heldout.txt").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     before = None
-    for label, largest, group in (
-        ("as saved", 0, 0),
-        ("int8, a scale per row", 127, 0),
-        ("4 bits, groups of 128", 7, 128),
-    ):
+    for label, largest, group in (("as saved", 0, 0), ("int8, per row", 127, 0), ("4 bits, groups of 128", 7, 128)):
         model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32)
         for layer in model.model.layers if largest else ():
             for w in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
-                w.copy_(fake_quantize(w, largest, group or w.shape[-1]))
+                w.copy_(rounded(w, largest, group or w.shape[-1]))
         score = score_text(model, tokenizer, text)
         before = before or score
         print(f"{label:24} {score}, {100 * (score.perplexity / before.perplexity - 1):+.3f} %")
@@ -384,22 +350,17 @@ def show_samples(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
         torch.manual_seed(0)
         ids = tokenizer(prompt, return_tensors="pt").to(model.device)
         text = tokenizer.decode(model.generate(**ids, max_new_tokens=80)[0], skip_special_tokens=True)
-        print("-" * 40, text, sep="\n")
-
-
-# --- the whole way --------------------------------------------------------------------------------------------------
+        print("-" * 40, text, sep="\n", flush=True)
 
 
 def make_demo(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    documents = read_corpus(args.corpus or default_corpus())
-    training, heldout = split_heldout(documents, args.heldout_bytes)
-    tokenizer = train_tokenizer(training, args.vocab)
+    training, heldout = split_heldout(read_corpus(args.corpus or default_corpus()), n_chars=90_000)
+    tokenizer = train_tokenizer(training)
     tokens = token_stream(tokenizer, training).to(args.device)
-    n_bytes = sum(len(text.encode()) for text in training)
-    print(f"{len(training)} texts, {n_bytes / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens", flush=True)
+    print(f"{sum(map(len, training)) / 1e6:.1f} MB to train on, {len(tokens) / 1e6:.2f} M tokens", flush=True)
 
-    model = build_model(args, tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = build_model(tokenizer.eos_token_id, args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     train(model, tokens, args, lambda: score_text(model, tokenizer, heldout))
     save(model, tokenizer, heldout, args.out)
@@ -416,24 +377,22 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, heldout: str, out
     n_bytes = sum(2 * p.numel() for p in model.parameters())
     model.save_pretrained(out / "checkpoint", max_shard_size=n_bytes // 2 + 100_000)  # two shards, about equal
     tokenizer.save_pretrained(out / "checkpoint")
-    (out / "heldout.txt").write_text(heldout, encoding="utf-8")
+    (out / "heldout.txt").write_text(heldout, encoding="utf-8", newline="\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="DIR", help="train, and write checkpoint/ and heldout.txt there")
-    where.add_argument("--check-quantization", type=Path, metavar="DIR", help="score what --out wrote, quantized")
-    parser.add_argument("--corpus", type=Path, nargs="+", metavar="PATH", help="folders or files of .py and .rst text")
-    parser.add_argument("--minutes", type=float, default=5.0)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, metavar="DIR", help="train, and write checkpoint/ and heldout.txt there")
+    what.add_argument("--check-quantization", type=Path, metavar="DIR", help="score what --out wrote, quantized")
+    parser.add_argument("--corpus", type=Path, nargs="+", metavar="PATH", help="folders of .py and .rst, or files")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training; compilation comes before")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    for name, value in (("vocab", 2048), ("hidden", 256), ("layers", 5), ("heads", 8), ("rows", 64)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("lr", 4e-3), ("weight-decay", 0.1), ("dropout", 0.1), ("balance", 0.01)):
-        parser.add_argument(f"--{name}", type=float, default=value)
-    parser.add_argument("--heldout-bytes", type=int, default=90_000)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--rows", type=int, default=64, help="windows of 1024 tokens in a batch")
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.4)
+    parser.add_argument("--dropout", type=float, default=0.1)
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
 """The three calls of the Python API: plan a load, do it, or quantize weights that are in memory already.
 
-    loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
-    loaded.model.generate(...)              # a transformers model
-    loaded.layers[0](hidden, weights, ids)  # one layer's QuantizedExperts
-    loaded.report.as_dict()                 # what was done, and its provenance
+loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
+loaded.model.generate(...)              # a transformers model
+loaded.layers[0](hidden, weights, ids)  # one layer's QuantizedExperts
+loaded.report.as_dict()                 # what was done, and its provenance
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moeplug.checkpoint.family import Family, find_family
 from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.family import Family, find_family
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import UsageError
 from moeplug.moe.experts import QuantizedExperts
@@ -95,9 +95,7 @@ def load(
     of observer plugins. progress: called with (bytes read, bytes to read).
     """
     registry = registry or Registry.discover()
-    planned = plan(
-        model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry
-    )
+    planned = plan(model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry)
     for name in observe:
         registry.observe(name)
     return execute(planned, registry, runtime=runtime, progress=progress)

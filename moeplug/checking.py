@@ -21,7 +21,7 @@ def check_file(file: Path, kind: str | None, registry: Registry) -> str:
     if kind == "family":
         family = Family.load(file)
         return f"family '{family.name}' is good"
-    scheme = Scheme.from_file(file)
+    scheme = Scheme.from_file(file, registry.scheme_files())
     for name in sorted(scheme.plugins()):
         registry.require(name, str(file))
     if problems := check_scheme(scheme, registry.manifests()):

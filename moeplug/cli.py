@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import click
 
@@ -53,9 +53,9 @@ def cli() -> None:
 
 def plugin_options(command: Command) -> Command:
     """Add the options that choose which plugins may be used."""
-    return click.option(
-        "--disable", multiple=True, metavar="NAME", help="Block an installed plugin. May be repeated."
-    )(command)
+    return click.option("--disable", multiple=True, metavar="NAME", help="Block an installed plugin. May be repeated.")(
+        command
+    )
 
 
 def model_options(command: Command) -> Command:
@@ -89,7 +89,9 @@ def model_options(command: Command) -> Command:
 @click.option("--prompt", metavar="TEXT", help="Generate after the load.")
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1), help="How much to generate.")
 @click.option("--text", type=click.Path(path_type=Path), help="Measure perplexity on this file too, as `eval` does.")
-@click.option("--report", type=click.Path(path_type=Path), help="Where to write the report. Default: your state folder.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Where to write the report. Default: your state folder."
+)
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
 def load(
     model: Path | None, scheme: str, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
@@ -237,9 +239,9 @@ def schemes_list(as_json: bool = False, disable: tuple[str, ...] = ()) -> None:
     files = _registry(disable).scheme_files()
     rows = [(find_scheme(name, files), path) for name, path in files.items()]
     if as_json:
-        terminal.print_json([
-            {"name": s.name, "plugin": s.plugin, "description": s.description, "path": str(p)} for s, p in rows
-        ])
+        terminal.print_json(
+            [{"name": s.name, "plugin": s.plugin, "description": s.description, "path": str(p)} for s, p in rows]
+        )
     else:
         terminal.print_schemes(rows)
 
@@ -278,7 +280,7 @@ def check(files: tuple[Path, ...], kind: str | None, disable: tuple[str, ...]) -
 
 @cli.command()
 @click.argument("kind", type=click.Choice(["scheme", "plugin"]))
-def schema(kind: str) -> None:
+def schema(kind: Literal["scheme", "plugin"]) -> None:
     """Print the JSON Schema of schemes or of plugin.yaml, for editors and other tools."""
     from moeplug.schema import generate as generate_schema
 
@@ -384,7 +386,11 @@ def main() -> NoReturn:
     except OSError as error:
         _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", InputOutputError.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if (
+            isinstance(error, RuntimeError)
+            and "out of memory" not in str(error)
+            and "allocate memory" not in str(error)
+        ):
             raise
         _stop(f"out of memory: {str(error).splitlines()[0]}; `moeplug plan` says what a load needs", 5)
 

@@ -20,6 +20,7 @@ class MoeplugError(Exception):
     """The root of all errors that moeplug raises on purpose."""
 
     exit_code = 1
+    problems: tuple[object, ...] = ()  # moeplug.problems.Problem, one per mistake in a YAML file
 
 
 class UsageError(MoeplugError):

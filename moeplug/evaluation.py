@@ -53,7 +53,7 @@ def score_text(model: Any, ids: Tensor, progress: Progress | None = None) -> Tex
     device = next(model.parameters()).device
     window = min(WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", WINDOW_TOKENS) or WINDOW_TOKENS)
     nll, tokens, choices = 0.0, 0, []
-    for part in ids.split(window):
+    for part in torch.split(ids, window):
         if part.numel() < 2:
             continue
         logits = model(part[None].to(device), use_cache=False).logits[0, :-1].float()
@@ -89,8 +89,6 @@ def generate(
         raise UsageError("the prompt is empty; give the model at least one word")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
-    )
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

@@ -46,6 +46,7 @@ from moeplug.yaml_marks import (
     load_yaml,
     parse_yaml,
     require_api,
+    show,
     validate,
 )
 
@@ -114,6 +115,10 @@ class OptionSchema(BaseModel):
         for keyword, kinds in _TYPES_OF_KEYWORD.items():
             if keyword in self.model_fields_set and (self.type or "object") not in kinds:
                 raise field_error(keyword, f"{keyword} has a meaning only with type: {' or '.join(kinds)}")
+        python = {"string": str, "integer": int, "boolean": bool}.get(self.type or "")
+        for value in self.enum or ():
+            if self.type is not None and type(value) is not python:
+                raise field_error("enum", f"{show(value)} is not of type: {self.type}")
         for name in self.required:
             if name not in self.properties:
                 raise field_error("required", f"{name!r} is not among properties{did_you_mean(name, self.properties)}")
@@ -269,7 +274,7 @@ def check_scheme(scheme: Scheme, manifests: Mapping[str, Manifest]) -> list[Prob
     """
     problems = list(_plugin_problems(scheme, manifests))
     for path, name, spec in _weight_specs(scheme):
-        if name in manifests:
+        if name in manifests and manifests[name].kind == "scheme":
             problems += _weight_problems(scheme, path, spec, manifests[name], manifests)
     quantizing = {name for _, name, _ in _weight_specs(scheme)} & manifests.keys()
     for field in ("input_activations", "intermediate"):

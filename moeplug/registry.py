@@ -95,7 +95,7 @@ class Registration:
     def _add(self, into: dict[str, Any], thing: Any, what: Literal["formats", "kernels"]) -> None:
         manifest = self._plugin.manifest
         declared = [] if manifest is None else list(getattr(manifest, what))
-        name = getattr(thing, "name", None)
+        name = str(getattr(thing, "name", type(thing).__name__))
         if name not in declared:
             raise PluginError(f"adds {name!r} to {what}, but plugin.yaml declares {declared}; add it there")
         if name in into:

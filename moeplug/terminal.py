@@ -203,7 +203,7 @@ def _peak(report: Report) -> str:
 
 def _perplexity(evaluation: dict[str, Any]) -> str:
     return (
-        f"{evaluation['perplexity_reference']:.4f} unquantized, {evaluation['perplexity_scheme']:.4f} under the scheme: "
+        f"{evaluation['perplexity_reference']:.4f} unquantized, {evaluation['perplexity_scheme']:.4f} quantized: "
         f"ratio {evaluation['perplexity_ratio']:.5f}, top-1 agreement {evaluation['top1_agreement']:.2%} "
         f"({evaluation['tokens']:,} tokens of {evaluation['text']})"
     )

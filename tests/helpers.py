@@ -82,7 +82,7 @@ def save_tiny(model_type: str, folder: Path, *, fused: bool = False, shards: int
 
 def copy_of(checkpoint: Path, folder: Path) -> Path:
     """Return a copy of a checkpoint that a test may damage."""
-    return Path(shutil.copytree(checkpoint, folder / "damaged"))
+    return Path(shutil.copytree(checkpoint, folder / checkpoint.name))
 
 
 def fused_names(model_type: str, layer: int) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def test_a_missing_expert_weight_is_named(missing):
 
 
 def test_an_expert_weight_that_comes_twice_is_refused():
-    w13, w2 = weights()
+    w13, _ = weights()
     builder = builder_of(scheme_of())
     builder.feed("gate", (1,), w13[1:2, :I])
     with pytest.raises(CheckpointError, match="here: layer 4, expert 1: gate came twice"):

@@ -152,7 +152,8 @@ def test_activations_may_use_the_format_of_any_installed_plugin() -> None:
 
 def test_an_observer_quantizes_nothing() -> None:
     observer = Manifest.from_text("api: 1\nname: p\nkind: observer\nhooks: p.hooks\n")
-    assert any("is an observer" in problem for problem in problems("weights: null\n", observer))
+    (problem,) = problems("weights: {format: f}\n", observer)
+    assert problem == "a.yaml:3:9: plugin: plugin 'p' is an observer and quantizes nothing; use --observe p"
 
 
 OPTIONS = {

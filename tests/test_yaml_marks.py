@@ -172,7 +172,7 @@ def test_all_problems_of_the_yaml_itself_are_reported_at_once() -> None:
 
 
 def test_more_problems_than_anyone_reads_are_counted() -> None:
-    with pytest.raises(SchemeError, match="and 30 more problems$"):
+    with pytest.raises(SchemeError, match=r"and 30 more problems$"):
         parse_yaml("\n".join(["a: 1"] * 51), "a.yaml")
 
 

@@ -25,7 +25,7 @@ from moeplug.checkpoint.descriptor import (
     folder_of,
     lies_in,
 )
-from moeplug.checkpoint.files import listed, shown
+from moeplug.checkpoint.files import counted, listed, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES, WeightSource, by_piece, expected_tensors, locate
 from moeplug.checkpoint.safetensors_header import TensorInfo
 from moeplug.errors import CheckpointError
@@ -138,8 +138,8 @@ class Family:
         if stray:
             names = listed([shown(name) for name in stray])
             raise CheckpointError(
-                f"{len(stray)} tensors lie among the experts and are none of those that config.json and the family "
-                f"{self.name!r} describe: {names}; config.json and the weights do not belong together, or the family "
+                f"{counted(len(stray), 'tensor')} among the experts that config.json and the family {self.name!r} do not "
+                f"describe: {names}; config.json and the weights do not belong together, or the family "
                 "needs a descriptor that knows them"
             )
         return tuple(tensors[name] for name in kept)

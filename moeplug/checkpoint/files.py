@@ -33,11 +33,15 @@ def listed(items: list[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + rest
 
 
+def counted(count: int, thing: str) -> str:
+    """Return "1 tensor" or "2 tensors"."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What the file system says of a file; any difference later means that the file was changed or replaced."""
 
-    device: int
     inode: int
     size: int
     mtime_ns: int
@@ -47,7 +51,7 @@ class Stamp:
     def of(cls, descriptor: int) -> Stamp:
         """Return the stamp of an open file."""
         status = os.fstat(descriptor)
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,11 @@ def locate_file(folder: Path, name: str, *, allow_symlinks: bool) -> SourceFile:
         allowed.append(home.parent.parent / "blobs")
     if not allow_symlinks and target.parent not in allowed:
         raise CheckpointError(
-            f"{path}: is a symlink to {target}, outside the checkpoint's folder; "
+            f"{path}: is a symlink to {shown(str(target))}, outside the checkpoint's folder; "
             "copy the file there, or allow symlinks (--allow-symlinks) if you trust where it points"
         )
     if not target.exists():
-        raise CheckpointError(f"{path}: is a symlink to {target}, which does not exist; download it again")
+        raise CheckpointError(f"{path}: is a symlink to {shown(str(target))}, which does not exist; download it again")
     return SourceFile(path, target)
 
 

@@ -21,6 +21,7 @@ from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.files import (
     SourceFile,
     Stamp,
+    counted,
     listed,
     locate_file,
     refuse_os_error,
@@ -227,8 +228,12 @@ def _follow_index(
     held = [(name, file) for file, header in headers.items() for name in header.tensors]
     extra = [f"{shown(name)} in {file}" for name, file in held if weight_map.get(name) != file]
     if extra:
-        notes.append(f"{len(extra)} tensors are ignored, because {INDEX} does not name them: {listed(extra, 3)}")
+        notes.append(f"ignored: {counted(len(extra), 'tensor')} that {INDEX} does not name: {listed(extra, 3)}")
     return {name: headers[file].tensors[name] for name, file in weight_map.items()}
+
+
+def _names(names: list[str]) -> str:
+    return listed([shown(name) for name in names], 3)
 
 
 def _only_file(folder: Path, notes: list[str]) -> str:
@@ -241,19 +246,21 @@ def _only_file(folder: Path, notes: list[str]) -> str:
     if SINGLE in found:
         ignored = [name for name in found if name != SINGLE]
         if ignored:
-            notes.append(f"{len(ignored)} files beside {SINGLE} are ignored: {listed(ignored, 3)}")
+            notes.append(f"ignored: {counted(len(ignored), 'file')} beside {SINGLE}: {_names(ignored)}")
         return SINGLE
     if len(found) == 1:
+        if not found[0].isprintable():
+            raise CheckpointError(f"{folder}: the file {shown(found[0])} has a name that cannot be printed; rename it")
         return found[0]
     if found:
         raise CheckpointError(
             f"{folder}: holds {len(found)} .safetensors files and no {INDEX}, so which belong together, and which of "
-            f"two tensors of one name counts, is not known: {listed(found, 4)}; download the index"
+            f"two tensors of one name counts, is not known: {_names(found)}; download the index"
         )
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
-            f"{folder}: holds only pickles ({listed(pickles, 3)}), which can run code when opened; moeplug never opens "
+            f"{folder}: holds only pickles ({_names(pickles)}), which can run code when opened; moeplug never opens "
             "one. Convert it where you trust it: load the model with transformers and call "
             'model.save_pretrained("FOLDER"), which writes safetensors'
         )

@@ -37,19 +37,17 @@ class TransformersExperts(QuantizedExperts):
         return super().forward(hidden_states, top_k_weights, top_k_index)
 
 
-def build_model(
-    path: Path, family: Family, layers: Mapping[int, QuantizedExperts], dense: Mapping[str, Tensor]
-) -> Any:
+def build_model(path: Path, family: Family, layers: Mapping[int, QuantizedExperts], dense: Mapping[str, Tensor]) -> Any:
     """Return the transformers model of a checkpoint with these experts and these dense tensors (by disk name).
 
     Raises CheckpointError where a parameter stays without a value, or a tensor finds no parameter of its shape.
     """
     model = meta_model(path)
-    for index, experts in layers.items():
+    for experts in layers.values():
         _place_experts(model, family, experts.layer, experts)
     used = {_assign(model, family.memory_name(name), tensor, name) for name, tensor in dense.items()}
     model.tie_weights()
-    _restore_computed_buffers(model, next(iter(layers.values())).slots.device)
+    _restore_computed_buffers(model, next(iter(dense.values())).device)
     empty = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if empty:
         raise CheckpointError(
@@ -96,7 +94,9 @@ def _place_experts(model: nn.Module, family: Family, layer: LayerSpec, experts: 
         parent = model.get_submodule(parent_name)
         getattr(parent, attribute)
     except AttributeError as error:
-        raise CheckpointError(f"{type(model).__name__} has no module {name}, where {family.name} has experts") from error
+        raise CheckpointError(
+            f"{type(model).__name__} has no module {name}, where {family.name} has experts"
+        ) from error
     setattr(parent, attribute, experts)
 
 

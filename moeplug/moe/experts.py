@@ -79,7 +79,7 @@ class ExpertGroup(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Return what the buffers mean (layout, version, specs) as JSON bytes (n,) uint8, so that any format holds it."""
+        """Return what the buffers mean (layout, version, specs) as JSON bytes (n,) uint8: any format holds them."""
         return torch.tensor(list(json.dumps(self._meaning(), sort_keys=True).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -110,7 +110,7 @@ class ExpertGroup(nn.Module):
             source = Layout(saved["layout"], saved["version"], saved["layout"])
             for name in self._buffers:
                 state_dict[prefix + name] = relayout(state_dict[prefix + name], name, source, self.ctx.layout)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantizedExperts(nn.Module):
@@ -125,7 +125,8 @@ class QuantizedExperts(nn.Module):
         self.groups = nn.ModuleList(groups)
         slots = [_slot_table(group.ctx.experts, layer.num_experts) for group in groups]
         # (groups, E + 1): expert id → slot of a group, -1 for not there; the last column takes every id out of range.
-        self.register_buffer("slots", torch.stack(slots).to(groups[0].w13.device), persistent=False)
+        self.slots: Tensor
+        self.register_buffer("slots", torch.stack(slots).to(groups[0].get_buffer("w13").device), persistent=False)
 
     @property
     def nbytes(self) -> int:

@@ -56,8 +56,8 @@ def experts_reference(
 
     hidden: (M, H) float. topk_weights: (M, T) float32. topk_ids: (M, T) int32 or int64; an id below 0 or at least E
     contributes nothing, a repeated id counts twice.
-    experts: E triples as ExpertWeights; each is asked for once, and only if it has tokens, so a lazy sequence keeps
-    one expert in memory. On a GPU torch's TF32 must be off, which is its default.
+    experts: E triples as ExpertWeights; each is asked for once, and only if it has tokens (experts[0] once more, for
+    its dtype), so a lazy sequence keeps one expert in memory. On a GPU torch's TF32 must be off, which is its default.
     """
     exact = experts[0][0].dtype if len(experts) else torch.float32
     M, T = topk_ids.shape

@@ -81,7 +81,8 @@ class _Job:
     def read_everything(self, progress: Progress) -> None:
         buffers = self._read_buffers()
         done = 0
-        with closing(self._plan.checkpoint.stream(self._pieces, [memoryview(b.numpy()) for b in buffers])) as stream:
+        views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
+        with closing(self._plan.checkpoint.stream(self._pieces, views)) as stream:
             for piece, data in stream:
                 raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
                 if piece in self._experts:

@@ -78,10 +78,7 @@ class LayerBuilder:
     def finish(self, module_class: ModuleClass = QuantizedExperts) -> tuple[QuantizedExperts, LayerErrors]:
         """Return the finished module and its errors; raise if a weight is missing or `accept:` says no."""
         missing = [
-            f"expert {e}, {p}"
-            for e in range(self._layer.num_experts)
-            for p in PROJECTIONS
-            if (e, p) not in self._sums
+            f"expert {e}, {p}" for e in range(self._layer.num_experts) for p in PROJECTIONS if (e, p) not in self._sums
         ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -125,9 +122,7 @@ class _GroupBuilder:
         self._buffers: dict[str, Tensor] | None = None
         self._store: ScaleStore | None = None
 
-    def feed(
-        self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origin: str
-    ) -> Tensor:
+    def feed(self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origin: str) -> Tensor:
         """Run stages 2 and 3 for slots slot, slot + 1, …; return (B, 2) float64 sums of squares."""
         ctx, registry = self._ctx, self._registry
         if self._buffers is None or self._store is None:

@@ -20,9 +20,7 @@ def load(
     """Return (B, N, K) ready to encode. origin: how errors name where the tensor came from."""
     check_weights(ctx, projection, experts, tensor, origin)
     given = tensor.shape
-    ready = registry.call(
-        "load", ctx, lambda: tensor, projection=projection, experts=tuple(experts), tensor=tensor
-    )
+    ready = registry.call("load", ctx, lambda: tensor, projection=projection, experts=tuple(experts), tensor=tensor)
     if not isinstance(ready, Tensor) or ready.shape != given or not ready.is_floating_point():
         raise PluginError(
             f"plugin '{ctx.plugin}', stage load, layer {ctx.layer.index}: returned "

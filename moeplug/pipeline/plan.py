@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the peak bytes on the device: what stays, dense weights included when they are loaded, and transient."""
+        """Return the peak bytes on the device: what stays (dense weights too if they are loaded), and staging."""
         return self.expert_bytes_after + (self.dense_bytes if self.with_dense else 0) + self.transient_bytes
 
     def as_dict(self) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def plan_model(
     budget: int | None = None,
 ) -> Plan:
     """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget."""
-    layers, sources = [], []
+    layers: list[LayerSpec] = []
+    sources: list[WeightSource] = []
     for layer in family.layers(checkpoint.config):
         found = family.locate(layer, checkpoint.tensors)
         # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
@@ -270,16 +271,15 @@ def _check_fit(scheme: Scheme, layer: LayerSpec, projection: Any, spec: WeightSp
     try:
         check_spec(spec, fmt, *layer.weight_shape(projection))
     except SchemeError as error:
-        where = scheme.where(("weights",))
+        owners: list[tuple[str | int, ...]] = [
+            ("overrides", index) for index, override in enumerate(scheme.overrides) if override.weights == spec
+        ]
+        where = scheme.where((*(owners[-1] if owners else ()), "weights", "group_size"))
         raise SchemeError(f"{where}: layer {layer.index}, {projection}: {error}") from error
 
 
-def _specs_of(
-    layer: LayerSpec, scheme: Scheme, expert: int
-) -> tuple[str | None, WeightSpec | None, WeightSpec | None]:
-    (up_plugin, up), (down_plugin, down) = (
-        scheme.weights_for(layer.index, expert, p) for p in ("gate_up", "down")
-    )
+def _specs_of(layer: LayerSpec, scheme: Scheme, expert: int) -> tuple[str | None, WeightSpec | None, WeightSpec | None]:
+    (up_plugin, up), (down_plugin, down) = (scheme.weights_for(layer.index, expert, p) for p in ("gate_up", "down"))
     plugins = {plugin for plugin, spec in ((up_plugin, up), (down_plugin, down)) if spec is not None}
     if len(plugins) > 1:
         raise SchemeError(

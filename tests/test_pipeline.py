@@ -1,0 +1,189 @@
+"""Plan and load: what is known before a byte is read, what is refused, and what a load leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+
+import helpers
+import pytest
+import torch
+
+import moeplug
+from moeplug import CheckpointError, RefusedError, Scheme, SchemeError, UsageError
+from moeplug.api import find_device
+from moeplug.pipeline.plan import gigabytes, ranges
+
+GATE = "model.layers.0.mlp.experts.3.gate_proj.weight"
+
+
+def test_the_plan_knows_the_bytes_that_the_load_then_has(tiny_checkpoint):
+    for scheme in ("int8", "int8-g32", Scheme.from_text("api: 1\nname: plain\nweights: null\n")):
+        planned = moeplug.plan(tiny_checkpoint("qwen3_moe"), scheme, device="cpu")
+        loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), scheme, device="cpu")
+        assert planned.expert_bytes_after == sum(layer.nbytes for layer in loaded.layers.values())
+        experts = [t for t in planned.checkpoint.tensors.values() if ".experts." in t.name]
+        assert planned.expert_bytes_before == sum(t.nbytes for t in experts)
+        assert planned.dense_bytes == planned.checkpoint.total_bytes - planned.expert_bytes_before
+
+
+def test_the_plan_claims_every_expert_weight_once(tiny_checkpoint):
+    planned = moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu")
+    claimed = [(source.layer, source.expert, source.projection) for source in planned.sources]
+    assert len(claimed) == len(set(claimed)) == 2 * 8 * 3
+    assert [layer.layer.index for layer in planned.layers] == [0, 2]
+
+
+def test_the_plan_says_which_kernel_and_why_not_the_others(tiny_checkpoint):
+    group = moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu").as_dict()["layers"][0]["groups"][0]
+    assert group["kernel"] == "cpu-grouped"
+    assert group["kernels_not_chosen"] == {"triton-fused-moe": "needs a CUDA device, not cpu"}
+
+
+def test_planning_reads_no_weight(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    path = folder / "model.safetensors"
+    header, data = helpers.read_header(path)
+    helpers.write_raw(path, header, b"\xff" * len(data))  # every bfloat16 is NaN now
+    moeplug.plan(folder, "int8", device="cpu")
+    with pytest.raises(CheckpointError, match="nan at row 0, column 0"):
+        moeplug.load(folder, "int8", device="cpu")
+
+
+def test_a_budget_is_refused_before_reading(tiny_checkpoint):
+    needed = moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu").peak_bytes
+    moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu", budget=needed)
+    with pytest.raises(RefusedError, match=r"--budget allows .* Nothing was read"):
+        moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cpu", budget=needed - 1)
+
+
+def test_dense_weights_count_against_the_budget_when_they_are_loaded(tiny_checkpoint):
+    alone = moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu")
+    whole = moeplug.plan(tiny_checkpoint("qwen3_moe"), "int8", device="cpu", runtime="transformers")
+    assert whole.peak_bytes - alone.peak_bytes == alone.dense_bytes > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_names_file_and_tensor(tiny_checkpoint, tmp_path, bad):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+
+    def spoil(tensors):
+        tensors[GATE][5, 6] = bad
+
+    helpers.edit_tensors(folder / "model.safetensors", spoil)
+    threads = threading.active_count()
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: {GATE}: layer 0, expert 3, gate: {bad} at row 5"):
+        moeplug.load(folder, "int8", device="cpu")
+    assert threading.active_count() == threads
+
+
+def test_an_override_that_selects_nothing_is_refused_with_its_line(tiny_checkpoint):
+    text = "api: 1\nname: t\nplugin: int8\nweights: {format: int8}\noverrides:\n"
+    scheme = Scheme.from_text(
+        text + '  - {layers: "0", weights: null}\n  - {layers: "1,7", weights: null}\n', "my.yaml"
+    )
+    with pytest.raises(
+        SchemeError, match=r"my.yaml:7:\d+: overrides.1 selects nothing: .* layers 0,2 with experts 0-7"
+    ):
+        moeplug.plan(tiny_checkpoint("qwen3_moe"), scheme, device="cpu")
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_its_line(tiny_checkpoint, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("api: 1\nname: t\nplugin: int8\nweights:\n  format: int8\n  strategy: group\n  group_size: 64\n")
+    message = r"my.yaml:7:\d+: layer 0, down: K=96 is not a multiple of group_size=64; 32 divides it"
+    with pytest.raises(SchemeError, match=message):
+        moeplug.plan(tiny_checkpoint("qwen3_moe"), str(file), device="cpu")
+
+
+def test_a_scheme_that_asks_for_more_than_its_plugin_declares_is_refused():
+    scheme = Scheme.from_text(
+        "api: 1\nname: t\nplugin: int8\nweights: {format: int8, strategy: block, block_structure: [128, 128]}\n"
+    )
+    with pytest.raises(SchemeError, match="plugin 'int8' does not do strategy: block"):
+        moeplug.plan(None, scheme, device="cpu", dummy=True)
+
+
+def test_dummy_weights_run_the_same_pipeline(tiny_checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_checkpoint("jamba") / "config.json").read_bytes())
+    loaded = moeplug.load(tmp_path, "int8-g32", device="cpu", dummy=True)
+    assert list(loaded.layers) == [1, 3]
+    assert 0.001 < loaded.report.as_dict()["worst_relative_rms"] < 0.02
+    hidden = torch.randn(3, 64)
+    out = loaded.layers[1](hidden, torch.ones(3, 2), torch.tensor([[0, 1], [2, 3], [1, 1]]))
+    assert bool(torch.isfinite(out).all())
+    assert float(out.norm()) > 0
+
+
+def test_dummy_weights_have_no_runtime(tiny_checkpoint):
+    with pytest.raises(UsageError, match="a dummy load has no runtime"):
+        moeplug.load(tiny_checkpoint("jamba"), "int8", dummy=True, runtime="transformers")
+
+
+def test_progress_ends_at_the_total(tiny_checkpoint):
+    steps = []
+    moeplug.load(
+        tiny_checkpoint("olmoe"), "int8", device="cpu", progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1] > 0
+
+
+def test_an_interrupt_leaves_no_thread_and_no_file_open(tiny_checkpoint):
+    from pathlib import Path
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        moeplug.load(tiny_checkpoint("olmoe"), "int8", device="cpu", progress=interrupt)
+    assert threading.active_count() == threads
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def test_the_report_holds_the_provenance(tiny_checkpoint, tmp_path):
+    loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cpu")
+    loaded.report.write(tmp_path / "deep" / "report.json")
+    report = json.loads((tmp_path / "deep" / "report.json").read_text())
+    provenance = report["provenance"]
+    assert provenance["plugins"][0]["distribution"] == "moeplug-int8"
+    assert provenance["scheme"]["sha256"] == Scheme.from_file(provenance["scheme"]["path"]).sha256
+    assert len(provenance["checkpoint"]["sha256_of_headers"]) == 64
+    assert provenance["torch"] == torch.__version__
+    assert report["report"] == str(tmp_path / "deep" / "report.json")
+    assert report["bytes_read"] == sum(report[key] for key in ("expert_bytes_before",))
+    assert [layer["layer"] for layer in report["layers"]] == [0, 2]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.json"]
+
+
+def test_two_loads_give_the_same_bytes(tiny_checkpoint):
+    one, other = (moeplug.load(tiny_checkpoint("mixtral"), "int8-g32", device="cpu").layers for _ in range(2))
+    for index, experts in one.items():
+        for name, tensor in experts.state_dict().items():
+            assert torch.equal(tensor, other[index].state_dict()[name]), name
+
+
+def test_the_checkpoints_own_dtype_counts_not_the_one_config_json_claims(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update(dtype="float32"))
+    planned = moeplug.plan(folder, Scheme.from_text("api: 1\nname: plain\nweights: null\n"), device="cpu")
+    assert planned.layers[0].layer.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", "cpu:x"])
+def test_an_unknown_device_is_a_usage_error(device):
+    with pytest.raises(UsageError, match="device"):
+        find_device(device)
+
+
+def test_ranges_are_written_as_schemes_write_them():
+    assert ranges([0, 1, 2, 3, 9]) == "0-3,9"
+    assert ranges([5]) == "5"
+    assert ranges([]) == ""
+
+
+def test_sizes_are_decimal():
+    assert [gigabytes(n) for n in (12, 1500, 2.5e6, 20e9)] == ["12 B", "1.50 kB", "2.50 MB", "20.00 GB"]
