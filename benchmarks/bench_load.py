@@ -144,6 +144,8 @@ def prepare(job: str, checkpoint: Path, device: str) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    with torch.device("meta"):  # imports the model's code: hundreds of modules that are not the load's own
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
     tool, _, scheme = job.partition(" ")
     if tool == "moeplug":
         import moeplug
@@ -151,7 +153,8 @@ def prepare(job: str, checkpoint: Path, device: str) -> Any:
         from moeplug.registry import Registry
 
         registry = Registry.discover()
-        moeplug.load(None, scheme, device=device, registry=registry)  # imports and first calls: not the load's own
+        small = torch.randn(2, 256, 128, device=device), torch.randn(2, 128, 128, device=device)
+        moeplug.quantize_experts(*small, scheme, registry=registry)  # imports and first calls are not the load's own
         return lambda: moeplug.load(checkpoint, scheme, device=device, runtime="transformers", registry=registry).model
     more: dict[str, Any] = {}
     if scheme == "fp8":

@@ -18,7 +18,7 @@ from moeplug.formats import NumberFormat
 from moeplug.spec import WeightSpec
 
 # Elements of float32 scratch per chunk: 4 MiB on CPU (stays near the cache), 16 MiB on a GPU (fewer launches).
-CHUNK_ELEMENTS: Final = {"cpu": 1 << 20, "cuda": 1 << 22}
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 18, "cuda": 1 << 22}
 STRATEGIES: Final = ("tensor", "channel", "group")
 
 
@@ -119,8 +119,8 @@ def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFor
         exact = weight[b : b + 1, rows].float()
         # Not in place: unquantized float32 weights decode to the buffer itself.
         error = dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt) - exact
-        sums[b, 0] += error.square_().sum(dtype=torch.float64)
-        sums[b, 1] += exact.square().sum(dtype=torch.float64)
+        sums[b, 0] += _sum_of_squares(error)
+        sums[b, 1] += _sum_of_squares(exact)
     return sums
 
 
@@ -140,6 +140,16 @@ def row_chunks(weight: Tensor) -> Iterator[tuple[int, slice]]:
     step = max(1, CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1))
     for b in range(B):
         yield from ((b, slice(n, min(n + step, N))) for n in range(0, N, step))
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Return the sum of values**2, () float64."""
+    if values.device.type == "cpu":
+        flat = values.reshape(-1)
+        total = torch.dot(flat, flat)  # float32: four times the speed, good to 1e-6 while no square over- or underflows
+        if 1e-30 < float(total) < 1e30:
+            return total.double()
+    return values.double().square_().sum()
 
 
 def _tensor_amax(weight: Tensor) -> Tensor:
@@ -167,9 +177,8 @@ def _write_scales(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sc
 def _encode(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor) -> None:
     """Write the stored values of grouped (1, n, C, G) into out (1, n, K / values_per_element)."""
     assert scales.scale is not None
-    scaled = torch.empty(grouped.shape, dtype=torch.float32, device=grouped.device)
-    # True division: a reciprocal gives other bytes for 0.04 % of int8 values.
-    torch.div(grouped, scales.scale.float().unsqueeze(-1), out=scaled)
+    scaled = grouped.to(torch.float32, copy=True)
+    scaled /= scales.scale.float().unsqueeze(-1)  # a reciprocal gives other bytes for 0.04 % of int8 values
     low, high = -fmt.max_value, fmt.max_value
     if scales.zero_point is not None:
         assert fmt.asymmetric_range is not None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from moeplug.checkpoint.reader import Checkpoint, Piece, in_file_order
 
 MODEL_TYPES = ("qwen3_moe", "mixtral", "olmoe", "jamba")
 
@@ -157,3 +159,13 @@ def rewrite_fused(
             tensors[down_name] = (down.transpose(1, 2) if transposed else down).contiguous()
 
     edit_tensors(checkpoint / "model.safetensors", change)
+
+
+def buffers_for(pieces: Collection[Piece], count: int = 2) -> list[memoryview]:
+    """Return read buffers that hold any of the pieces."""
+    return [memoryview(bytearray(max(piece.nbytes for piece in pieces))) for _ in range(count)]
+
+
+def whole_tensors(checkpoint: Checkpoint) -> list[Piece]:
+    """Return all tensors of a checkpoint as pieces, in file order."""
+    return in_file_order(Piece(tensor, 0, tensor.nbytes) for tensor in checkpoint.tensors.values())

@@ -56,9 +56,8 @@ def everything(checkpoint: Checkpoint, family: Family | None = None) -> tuple[li
 def weights_of(checkpoint: Checkpoint, sources: Iterable[WeightSource]) -> dict[tuple[int, int, str], Tensor]:
     """Return (layer, expert, projection) → weight, read through the stream as a load reads it."""
     pieces = by_piece(sources)
-    buffers = [memoryview(bytearray(max(piece.nbytes for piece in pieces))) for _ in range(2)]
     weights = {}
-    for piece, content in checkpoint.stream(list(pieces), buffers):
+    for piece, content in checkpoint.stream(list(pieces), helpers.buffers_for(pieces)):
         numbers = torch.frombuffer(bytearray(content), dtype=torch.bfloat16)
         for source in pieces[piece]:
             weights[source.layer, source.expert, source.projection] = source.weight_of(numbers)

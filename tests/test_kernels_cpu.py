@@ -78,12 +78,12 @@ def test_a_tensor_scale_may_be_expanded_instead_of_copied():
 
 
 WRONG_CALLS = {
-    "hidden-of-another-size": (lambda h, w, i: (h[:, 1:], w, i, None), r"hidden is \(5, 39\).*expected \(M, 40\)"),
+    "hidden-of-another-size": (lambda h, w, i: (h[:, 1:], w, i, None), r"hidden is \(4, 39\).*expected \(M, 40\)"),
     "hidden-of-float64": (lambda h, w, i: (h.double(), w, i, None), "hidden is .* of torch.float64; expected"),
-    "ids-of-fewer-tokens": (lambda h, w, i: (h, w, i[1:], None), r"topk_ids is \(4, 2\).*expected \(5, T\)"),
+    "ids-of-fewer-tokens": (lambda h, w, i: (h, w, i[1:], None), r"topk_ids is \(3, 2\).*expected \(4, T\)"),
     "ids-of-float": (lambda h, w, i: (h, w, i.float(), None), "topk_ids is .* of torch.float32; expected"),
-    "weights-of-another-T": (lambda h, w, i: (h, w[:, 1:], i, None), r"topk_weights is \(5, 1\).*expected \(5, 2\)"),
-    "out-of-another-size": (lambda h, w, i: (h, w, i, h[1:]), r"out is \(4, 40\).*expected \(5, 40\)"),
+    "weights-of-another-T": (lambda h, w, i: (h, w[:, 1:], i, None), r"topk_weights is \(4, 1\).*expected \(4, 2\)"),
+    "out-of-another-size": (lambda h, w, i: (h, w, i, h[1:]), r"out is \(3, 40\).*expected \(4, 40\)"),
     "out-of-another-dtype": (
         lambda h, w, i: (h, w, i, h.bfloat16()),
         "out is .*bfloat16; expected .*float32",
@@ -104,8 +104,8 @@ def test_a_wrong_argument_is_named_with_what_was_expected(name):
 
 WRONG_BUFFERS = {
     "a-scale-is-missing": ("w2_scale", None, r"layer 3: stage create_scales left no 'w2_scale', only w13_scale"),
-    "a-scale-has-another-shape": ("w13_scale", lambda t: t[:, 1:], r"w13_scale is \(4, 47, 1\).*expected \(4, 48, 1\)"),
-    "w2-has-another-shape": ("w2", lambda t: t[:, :, 1:], r"w2 is \(4, 40, 23\).*expected \(4, 40, 24\) of torch.int8"),
+    "a-scale-has-another-shape": ("w13_scale", lambda t: t[:, 1:], r"w13_scale is \(3, 47, 1\).*expected \(3, 48, 1\)"),
+    "w2-has-another-shape": ("w2", lambda t: t[:, :, 1:], r"w2 is \(3, 40, 23\).*expected \(3, 40, 24\) of torch.int8"),
     "w13-has-another-dtype": ("w13", lambda t: t.short(), r"w13 is .* of torch.int16; expected .* of torch.int8"),
     "rows-are-strided": ("w13", lambda t: t.repeat(1, 1, 2)[:, :, ::2], r"w13: rows must be contiguous"),
 }

@@ -138,8 +138,8 @@ class Family:
         if stray:
             names = listed([shown(name) for name in stray])
             raise CheckpointError(
-                f"{counted(len(stray), 'tensor')} among the experts that config.json and the family {self.name!r} do not "
-                f"describe: {names}; config.json and the weights do not belong together, or the family "
+                f"{counted(len(stray), 'tensor')} among the experts that config.json and the family {self.name!r} "
+                f"do not describe: {names}; config.json and the weights do not belong together, or the family "
                 "needs a descriptor that knows them"
             )
         return tuple(tensors[name] for name in kept)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.files import (
     SourceFile,
     Stamp,
@@ -33,7 +32,7 @@ from moeplug.checkpoint.safetensors_header import Header, TensorInfo, read_heade
 from moeplug.checkpoint.streaming import Piece, Stream, in_file_order, prefetched, require_fit
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
-__all__ = ["Checkpoint", "DummyCheckpoint", "Piece", "Stream", "TensorInfo", "in_file_order", "read_config"]
+__all__ = ["Checkpoint", "Piece", "Stream", "TensorInfo", "in_file_order", "read_config"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

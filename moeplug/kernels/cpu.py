@@ -109,8 +109,9 @@ def _decoded(weights: Operand, e: int, rows: slice) -> Tensor:
     """Return (n, K) float32 of some rows of expert e: zero points taken off, scales of groups along K applied."""
     w = weights.format.decode(weights.weight[e, rows])
     grouped = w.view(w.shape[0], -1, weights.group_size)
+    # In place: the stored values of a format with scales are integers, so what decode returned is its own copy.
     if weights.zero_point is not None:
-        grouped = grouped - weights.zero_point[e, rows].float().unsqueeze(-1)
+        grouped -= weights.zero_point[e, rows].float().unsqueeze(-1)
     if weights.scale is not None and weights.group_size < weights.K:
-        grouped = grouped * weights.scale[e, rows].float().unsqueeze(-1)
-    return grouped.view(w.shape)
+        grouped *= weights.scale[e, rows].float().unsqueeze(-1)
+    return w
