@@ -44,8 +44,11 @@ class NumberFormat(ABC):
         """
 
     @abstractmethod
-    def decode(self, stored: Tensor) -> Tensor:
-        """Return (..., K) float32 of stored (..., K / values_per_element), scale and zero point not applied."""
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        """Write the values of stored (..., K / values_per_element) into out (..., K) float32.
+
+        Scale and zero point are not applied: the core does that. `stored` may be a strided view.
+        """
 
     def triton_decode(self) -> Any:
         """Return the `@triton.jit` function that decodes a tile, or None: the format has no Triton path.
@@ -73,8 +76,8 @@ class Unquantized(NumberFormat):
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         out.copy_(scaled)
 
-    def decode(self, stored: Tensor) -> Tensor:
-        return stored.float()
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        out.copy_(stored)
 
     def triton_decode(self) -> Any:
         from moeplug.kernels._fused_moe import decode_identity

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moeplug.errors import SchemeError
 from moeplug.formats import NumberFormat
+from moeplug.scratch import scratch
 from moeplug.spec import WeightSpec
 
-# Elements of float32 scratch per chunk: 4 MiB on CPU (stays near the cache), 16 MiB on a GPU (fewer launches).
-CHUNK_ELEMENTS: Final = {"cpu": 1 << 18, "cuda": 1 << 22}
+# Elements of float32 scratch per chunk: 2 MiB on CPU (near the cache), 8 MiB on a GPU (fewer launches).
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 21}
 STRATEGIES: Final = ("tensor", "channel", "group")
 
 
@@ -90,7 +91,7 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor) -
     zero_point = None if spec.symmetric else torch.empty(B, R, C, dtype=fmt.storage_dtype, device=weight.device)
     scales = Scales(scale, zero_point)
     if spec.strategy == "tensor":
-        scale.copy_(_rounded(_tensor_amax(weight) / fmt.max_value, spec))
+        scale.copy_(_rounded(_divided(_tensor_amax(weight), fmt.max_value), spec))
     for b, rows in row_chunks(weight):
         part = scales.of_rows(b, rows)
         grouped = weight[b : b + 1, rows].reshape(1, -1, C, K // C)
@@ -100,9 +101,12 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor) -
     return scales
 
 
-def dequantize(stored: Tensor, scales: Scales, fmt: NumberFormat) -> Tensor:
-    """Return (B, N, K) float32 of stored values: (decode(stored) - zero_point) * scale."""
-    weight = fmt.decode(stored)
+def dequantize(stored: Tensor, scales: Scales, fmt: NumberFormat, out: Tensor | None = None) -> Tensor:
+    """Return (B, N, K) float32 of stored values: (decode(stored) - zero_point) * scale. out: where to write it."""
+    B, N, packed = stored.shape
+    shape = (B, N, packed * fmt.values_per_element)
+    weight = torch.empty(shape, dtype=torch.float32, device=stored.device) if out is None else out
+    fmt.decode(stored, weight)
     if scales.scale is None:
         return weight
     grouped = weight.view(*weight.shape[:2], scales.scale.shape[2], -1)
@@ -116,10 +120,11 @@ def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFor
     """Return (B, 2) float64: per expert weight the sum of (weight - decoded)**2 and of weight**2."""
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)
     for b, rows in row_chunks(weight):
-        exact = weight[b : b + 1, rows].float()
-        # Not in place: unquantized float32 weights decode to the buffer itself.
-        error = dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt) - exact
-        sums[b, 0] += _sum_of_squares(error)
+        part = weight[b : b + 1, rows]
+        exact = scratch("exact", part.shape, part.device).copy_(part)
+        decoded = scratch("decoded", part.shape, part.device)
+        dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt, decoded)
+        sums[b, 0] += _sum_of_squares(decoded.sub_(exact))
         sums[b, 1] += _sum_of_squares(exact)
     return sums
 
@@ -131,7 +136,9 @@ def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
     which sorts above every number, so neither is lost.
     """
     bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
-    return (weight.view(bits) & torch.iinfo(bits).max).amax(dim).view(weight.dtype).float()
+    magnitude = scratch("bits", weight.shape, weight.device, bits)
+    torch.bitwise_and(weight.view(bits), torch.iinfo(bits).max, out=magnitude)
+    return magnitude.amax(dim).view(weight.dtype).float()
 
 
 def row_chunks(weight: Tensor) -> Iterator[tuple[int, slice]]:
@@ -163,21 +170,21 @@ def _write_scales(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sc
     """Write the scales, and the zero points, of grouped (1, n, C, G) into `into`, whose tensors are (1, n, C)."""
     assert into.scale is not None
     if into.zero_point is None:
-        into.scale.copy_(_rounded(absolute_maximum(grouped, -1) / fmt.max_value, spec))
+        into.scale.copy_(_rounded(_divided(absolute_maximum(grouped, -1), fmt.max_value), spec))
         return
     assert fmt.asymmetric_range is not None
     low, high = fmt.asymmetric_range
     smallest, largest = grouped.aminmax(dim=-1)
     smallest, largest = smallest.float().clamp_(max=0), largest.float().clamp_(min=0)
     # Both halved first: the span of two extreme values would overflow float32.
-    into.scale.copy_(_rounded((largest / 2 - smallest / 2) / ((high - low) / 2), spec))
+    into.scale.copy_(_rounded(_divided(largest / 2 - smallest / 2, (high - low) / 2), spec))
     into.zero_point.copy_((low - smallest / into.scale.float()).round_().clamp_(low, high))
 
 
 def _encode(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor) -> None:
     """Write the stored values of grouped (1, n, C, G) into out (1, n, K / values_per_element)."""
     assert scales.scale is not None
-    scaled = grouped.to(torch.float32, copy=True)
+    scaled = scratch("scaled", grouped.shape, grouped.device).copy_(grouped)
     scaled /= scales.scale.float().unsqueeze(-1)  # a reciprocal gives other bytes for 0.04 % of int8 values
     low, high = -fmt.max_value, fmt.max_value
     if scales.zero_point is not None:
@@ -185,6 +192,14 @@ def _encode(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales
         low, high = fmt.asymmetric_range
         scaled += scales.zero_point.float().unsqueeze(-1)
     fmt.encode(scaled.clamp_(low, high).flatten(2), out)
+
+
+def _divided(tensor: Tensor, number: float) -> Tensor:
+    """Return tensor / number, rounded correctly. On CUDA torch multiplies by 1 / number where number is a Python float.
+
+    That gave other scales than the CPU's, and with them other bytes, in a quarter of the rows.
+    """
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
 
 
 def _rounded(scale: Tensor, spec: WeightSpec) -> Tensor:

@@ -34,8 +34,8 @@ class Signed(NumberFormat):
     def encode(self, scaled, out):
         out.copy_(scaled.round_())
 
-    def decode(self, stored):
-        return stored.float()
+    def decode(self, stored, out):
+        out.copy_(stored)
 
 
 SPECS = {

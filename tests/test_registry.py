@@ -39,8 +39,8 @@ class Mine(NumberFormat):
     def encode(self, scaled, out):
         out.copy_(scaled.round_())
 
-    def decode(self, stored):
-        return stored.float()
+    def decode(self, stored, out):
+        out.copy_(stored)
 
 
 @moeplug.hookimpl

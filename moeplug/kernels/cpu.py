@@ -14,6 +14,7 @@ from moeplug.kernels.select import ExpertsForward, Kernel, KernelRequest
 from moeplug.moe.layout import CONCATENATED
 from moeplug.moe.reference import ACTIVATION_FUNCTIONS, round_intermediate
 from moeplug.moe.routing import sort_by_expert
+from moeplug.scratch import scratch
 
 # Weights decoded at once. M=1, (1536, 2048) stored bytes: 2**20 elements 0.42 ms, 2**16 2.0 ms (a launch per chunk),
 # 2**22 0.60 ms (out of L2 before it is read).
@@ -106,10 +107,11 @@ def _row_chunks(weights: Operand) -> Iterator[slice]:
 
 
 def _decoded(weights: Operand, e: int, rows: slice) -> Tensor:
-    """Return (n, K) float32 of some rows of expert e: zero points taken off, scales of groups along K applied."""
-    w = weights.format.decode(weights.weight[e, rows])
+    """Return (n, K) float32 scratch of some rows of expert e: zero points off, scales of groups along K applied."""
+    stored = weights.weight[e, rows]
+    w = scratch("decoded", (stored.shape[0], weights.K), stored.device)
+    weights.format.decode(stored, w)
     grouped = w.view(w.shape[0], -1, weights.group_size)
-    # In place: the stored values of a format with scales are integers, so what decode returned is its own copy.
     if weights.zero_point is not None:
         grouped -= weights.zero_point[e, rows].float().unsqueeze(-1)
     if weights.scale is not None and weights.group_size < weights.K:

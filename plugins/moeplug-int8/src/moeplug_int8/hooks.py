@@ -24,8 +24,8 @@ class Int8(NumberFormat):
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         out.copy_(scaled.round_())
 
-    def decode(self, stored: Tensor) -> Tensor:
-        return stored.float()
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        out.copy_(stored)
 
     def triton_decode(self) -> Any:
         from moeplug.kernels import decode_identity  # a signed byte converts as it is
