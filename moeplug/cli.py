@@ -295,9 +295,12 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BbIiKkMmGgTt ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
-        return int(float(number) * units[unit])
+        size = int(float(number) * units[unit])
+        if size > 0:
+            return size
     except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"{text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30)") from None
+        pass
+    raise UsageError(f"{text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30)")
 
 
 def _registry(disable: tuple[str, ...]) -> Registry:

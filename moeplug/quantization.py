@@ -197,7 +197,7 @@ def _encode(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales
 def _divided(tensor: Tensor, number: float) -> Tensor:
     """Return tensor / number, rounded correctly. On CUDA torch multiplies by 1 / number where number is a Python float.
 
-    That gave other scales than the CPU's, and with them other bytes, in a quarter of the rows.
+    That gave other scales than the CPU's, and with them other bytes, in 5 % of the rows.
     """
     return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
 

@@ -1,0 +1,307 @@
+"""The command line as a user meets it: output, exit codes, and one message instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+from moeplug import RefusedError, UsageError
+from moeplug.cli import cli, main, parse_size
+
+ROOT = Path(__file__).parent.parent
+INT8 = str(ROOT / "schemes" / "int8.yaml")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return ended.value.code, printed.out, printed.err
+
+    return call
+
+
+def test_load_without_a_model_loads_the_demo_and_says_so(run, tmp_path):
+    code, out, err = run("load", "--scheme", INT8, "--max-new-tokens", "8")
+    assert code == 0
+    assert "no MODEL was given: loading the demo checkpoint" in err
+    assert "loading" in err
+    assert "10.6/10.6 MB" in err  # the progress bar's last state
+    for part in ("layer", "before", "after", "worst error", "mean error", "kernel", "int8 channel", "cpu-grouped"):
+        assert part in out
+    for part in ("peak memory", "GB/s", "unquantized", "ratio", "top-1 agreement", "report", "The :mod:`json` module"):
+        assert part in out
+    (report,) = (tmp_path / "state").rglob("*.json")
+    assert str(report) in out
+    written = json.loads(report.read_text())
+    assert written["provenance"]["plugins"][0]["distribution"] == "moeplug-int8"
+    assert 0.99 < written["evaluation"]["perplexity_ratio"] <= 1.002
+
+
+def test_load_with_json_prints_json_alone(run, tiny_checkpoint, tmp_path):
+    code, out, err = run("load", tiny_checkpoint("olmoe"), "-s", "int8", "--json", "--report", tmp_path / "r.json")
+    assert code == 0
+    printed = json.loads(out)
+    assert [layer["layer"] for layer in printed["layers"]] == [0, 1]
+    assert printed["report"] == str(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["worst_relative_rms"] == printed["worst_relative_rms"]
+    assert "loading" in err
+
+
+def test_plan_prints_layers_kernels_reasons_and_peak(run, tiny_checkpoint):
+    code, out, _ = run("plan", tiny_checkpoint("qwen3_moe"), "-s", "int8-g32", "--device", "cpu")
+    assert code == 0
+    for part in (
+        "int8 g32",
+        "cpu-grouped",
+        "not chosen: triton-fused-moe: needs a CUDA device",
+        "48 expert weights",
+        "peak",
+    ):
+        assert part in out
+    code, out, _ = run("plan", tiny_checkpoint("qwen3_moe"), "--json", "--device", "cpu")
+    assert json.loads(out)["layers"][1]["layer"] == 2
+
+
+def test_dummy_needs_config_json_alone(run, tiny_checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_checkpoint("mixtral") / "config.json").read_bytes())
+    code, out, err = run("load", tmp_path, "--dummy", "--device", "cpu", "--report", tmp_path / "r.json")
+    assert code == 0
+    assert "not loaded" in out
+    assert "generated tensors" in err
+
+
+def test_generate_answers_one_prompt(run):
+    code, out, _ = run("generate", "--device", "cpu", "--prompt", "The following", "--max-new-tokens", "6")
+    assert code == 0
+    assert out.startswith("The following")
+    assert len(out) > len("The following")
+
+
+def test_generate_reads_prompts_from_a_pipe(run, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Return the\n\nA list of\n"))
+    code, out, _ = run("generate", "--device", "cpu", "--max-new-tokens", "4", "--json")
+    assert code == 0
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["Return the", "A list of"]
+
+
+def test_eval_prints_perplexity_ratio_and_agreement(run, tmp_path):
+    code, out, _ = run("eval", "--device", "cpu", "--max-tokens", "600")
+    assert code == 0
+    for part in ("unquantized", "int8", "ratio", "top-1 agreement"):
+        assert part in out
+    text = tmp_path / "text.txt"
+    text.write_text("The module defines the following functions.\n" * 30)
+    code, out, _ = run("eval", "--device", "cpu", "--text", text, "--json")
+    result = json.loads(out)
+    assert result["text"] == str(text)
+    assert result["perplexity_scheme"] > 1
+
+
+def test_plugins_lists_state_distribution_and_capabilities(run):
+    code, out, _ = run("plugins")
+    assert code == 0
+    for part in ("int8", "active", "moeplug-int8 0.1.0", "per_channel", "plugin.yaml"):
+        assert part in out
+    code, out, _ = run("plugins", "--json", "--disable", "int8")
+    (listed,) = [plugin for plugin in json.loads(out) if plugin["name"] == "int8"]
+    assert listed["state"] == "blocked"
+    assert listed["reason"] == "--disable names it"
+    assert set(listed) >= {"name", "state", "reason", "distribution", "version", "path", "capabilities"}
+
+
+def test_schemes_lists_and_shows(run):
+    code, out, _ = run("schemes")
+    assert code == 0
+    assert "int8-g128" in out
+    code, out, _ = run("schemes", "list", "--json")
+    assert {"int8", "int8-g128"} <= {scheme["name"] for scheme in json.loads(out)}
+    code, out, _ = run("schemes", "show", "int8-g128")
+    assert code == 0
+    assert "group_size: 128" in out
+
+
+def test_check_tells_the_three_kinds_apart(run):
+    plugin = ROOT / "plugins" / "moeplug-int8" / "src" / "moeplug_int8" / "plugin.yaml"
+    family = ROOT / "moeplug" / "checkpoint" / "families" / "jamba.yaml"
+    code, out, _ = run("check", INT8, plugin, family)
+    assert code == 0
+    assert [line.split(": ")[1].split(" ")[0] for line in out.splitlines()] == ["scheme", "plugin", "family"]
+
+
+def test_check_reports_every_problem_with_line_column_and_caret(run, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("api: 1\nname: t\nplugin: int8\nweights: {fromat: int8, strategy: chanel}\n")
+    code, _, err = run("check", file)
+    assert code == 2
+    assert f"{file}:4:11:" in err
+    assert "did you mean 'format'" in err
+    assert "did you mean 'channel'" in err
+    assert "^" in err
+
+
+@pytest.mark.parametrize("kind", ["scheme", "plugin"])
+def test_schema_prints_json_schema(run, kind):
+    code, out, _ = run("schema", kind)
+    assert code == 0
+    assert json.loads(out)["$id"].endswith(f"{kind}.schema.json")
+
+
+# Exit codes
+
+
+def spoiled(tiny_checkpoint, tmp_path, change):
+    folder = helpers.copy_of(tiny_checkpoint("olmoe"), tmp_path)
+    change(folder)
+    return folder
+
+
+def test_exit_code_2_is_for_usage(run, tiny_checkpoint):
+    model = tiny_checkpoint("olmoe")
+    for arguments in (
+        ["lod"],
+        ["load", "--no-such-option"],
+        ["load", model, "--budget", "much"],
+        ["load", model, "--device", "tpu"],
+        ["load", model, "--dummy", "--prompt", "x"],
+        ["load", model, "--disable", "nobody"],
+        ["eval", model],
+        ["generate", model, "--dummy"],
+        ["load", model / "config.json"],
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert "Error" in err
+
+
+def test_exit_code_2_is_for_schemes(run, tiny_checkpoint, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("api: 1\nname: bad\nplugin: int8\nweights: {format: int9}\n")
+    for scheme in (file, "no-such-scheme", "int8-g128"):  # K=96 in the tiny model: no multiple of 128
+        code, _, err = run("load", tiny_checkpoint("olmoe"), "--scheme", scheme, "--device", "cpu")
+        assert code == 2
+        assert "Error" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors"),
+        (lambda f: helpers.edit_json(f / "config.json", lambda c: c.update(model_type="gpt9")), "'gpt9' is not known"),
+        (lambda f: helpers.edit_tensors(f / "model.safetensors", lambda t: t.pop(GATE)), "1 of 12 expert tensors"),
+    ],
+    ids=["no_config", "truncated", "unknown_model_type", "missing_expert"],
+)
+def test_exit_code_3_is_for_checkpoints(run, tiny_checkpoint, tmp_path, change, message):
+    code, out, err = run("load", spoiled(tiny_checkpoint, tmp_path, change), "--device", "cpu")
+    assert (code, out) == (3, "")
+    assert message in err
+    assert not (tmp_path / "state").exists()  # no report of a load that did not happen
+
+
+GATE = "model.layers.0.mlp.experts.3.gate_proj.weight"
+
+
+def test_exit_code_4_is_for_plugins(run, tiny_checkpoint, tmp_path):
+    code, _, err = run("load", tiny_checkpoint("olmoe"), "--disable", "int8", "--scheme", INT8)
+    assert code == 4
+    assert "plugin 'int8' (moeplug-int8 0.1.0) is blocked: --disable names it" in err
+    file = tmp_path / "theirs.yaml"
+    file.write_text("api: 1\nname: theirs\nplugin: theirs\nweights: {format: theirs}\n")
+    code, _, err = run("load", tiny_checkpoint("olmoe"), "--scheme", file)
+    assert code == 4
+    assert "plugin 'theirs' is not installed" in err
+
+
+def test_exit_code_5_is_for_input_and_output(run, tiny_checkpoint, tmp_path):
+    code, _, err = run("load", tmp_path / "gone")
+    assert code == 5
+    assert "there is no such folder" in err
+    (tmp_path / "file").write_text("")
+    model = tiny_checkpoint("olmoe")
+    code, _, err = run("load", model, "--device", "cpu", "--report", tmp_path / "file" / "report.json")
+    assert code == 5
+    assert "cannot be written" in err
+    code, _, err = run("eval", "--device", "cpu", "--text", tmp_path / "gone.txt")
+    assert code == 5
+
+
+def test_exit_code_6_is_for_budget_and_accept(run, tiny_checkpoint, tmp_path):
+    code, _, err = run("load", tiny_checkpoint("olmoe"), "--budget", "10kB", "--device", "cpu")
+    assert code == RefusedError.exit_code == 6
+    assert "--budget allows 10.00 kB" in err
+    file = tmp_path / "strict.yaml"
+    file.write_text("api: 1\nname: strict\nextends: int8\naccept: {relative_rms: 0.0001}\n")
+    code, _, err = run("load", tiny_checkpoint("olmoe"), "--scheme", file, "--device", "cpu")
+    assert code == 6
+    assert "above the scheme's accept" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_in_the_middle_ends_with_its_code_and_no_traceback(tiny_checkpoint, tmp_path, number, code):
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "moeplug", "generate", "--device", "cpu", "--max-new-tokens", "4"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    process.stdin.write("The\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # it has loaded, answers, and then waits for the next prompt
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+
+
+def test_a_pipe_that_closes_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m moeplug schema scheme | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == '{\n  "$sche'
+    assert done.stderr == ""
+
+
+def test_help_shows_the_exit_codes_and_every_command_has_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for number in ("0", "2", "3", "4", "5", "6", "130", "143"):
+        assert f"\n    {number} " in out
+    for name, command in cli.commands.items():
+        assert command.get_short_help_str(), name
+        code, out, _ = run(name, "--help")
+        assert code == 0
+        assert "Usage: " in out
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("20GB", 20 * 10**9), ("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kb", 2000), ("7 B", 7)],
+)
+def test_sizes_are_decimal_or_binary_by_their_unit(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "20 XB", "-", "1e400GB", "20 G B", "nan", "-5GB"])
+def test_a_size_that_is_none_is_a_usage_error(text):
+    with pytest.raises(UsageError, match="is not a size; write for example 20GB"):
+        parse_size(text)
