@@ -74,7 +74,10 @@ def plan(
     if dummy and runtime is not None:
         raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
     with_dense = runtime is not None
-    return plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
+    planned = plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
+    if runtime is not None:
+        _empty_model(planned)  # what a load would refuse is refused here
+    return planned
 
 
 def load(
@@ -108,11 +111,11 @@ def execute(
     if runtime is None:
         result = run(planned, registry, progress)
         return Loaded(result.layers, None, result.report)
-    from moeplug.integrations.transformers import TransformersExperts, build_model
+    from moeplug.integrations.transformers import TransformersExperts, finish_model
 
+    empty = _empty_model(planned)
     result = run(planned, registry, progress, TransformersExperts)
-    built = build_model(planned.checkpoint.path, planned.family, result.layers, result.dense)
-    return Loaded(result.layers, built, result.report)
+    return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
 
 
 def quantize_experts(
@@ -133,7 +136,7 @@ def quantize_experts(
     if activation not in ACTIVATIONS:
         raise UsageError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     E, H, I = w2.shape if w2.dim() == 3 else (0, 0, 0)
-    if tuple(w13.shape) != (E, 2 * I, H):
+    if not E or tuple(w13.shape) != (E, 2 * I, H):
         raise UsageError(f"w13 is {tuple(w13.shape)}, w2 is {tuple(w2.shape)}; expected (E, 2I, H) and (E, H, I)")
     registry = registry or Registry.discover()
     resolved = resolve_scheme(scheme, registry)
@@ -147,6 +150,14 @@ def quantize_experts(
         for projection, tensor in weights.items():
             builder.feed(projection, (expert,), tensor[expert : expert + 1])
     return builder.finish()[0]
+
+
+def _empty_model(planned: Plan) -> Any:
+    """Return the runtime's model without weights, every tensor of the plan matched to it."""
+    from moeplug.integrations.transformers import prepare_model
+
+    layers = [layer.layer for layer in planned.layers]
+    return prepare_model(planned.checkpoint.path, planned.family, layers, planned.kept)
 
 
 def resolve_scheme(scheme: str | Path | Scheme, registry: Registry) -> Scheme:

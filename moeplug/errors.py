@@ -16,6 +16,12 @@ Each message says where, what was found, what was expected, and what to do.
 from __future__ import annotations
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, of Python or of torch, says that memory ran out. Imports no torch."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 class MoeplugError(Exception):
     """The root of all errors that moeplug raises on purpose."""
 

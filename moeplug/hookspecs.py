@@ -118,7 +118,8 @@ def moeplug_load(ctx: StageContext, projection: Projection, experts: Sequence[in
     When: for each expert weight (or a batch of B of one projection), in file order. Layers interleave.
     Given: projection; experts, the B layer-wide expert ids; tensor (B, N, K) in the checkpoint's dtype on ctx.device,
     finite (already checked), valid only until the next call.
-    Return: (B, N, K) float. It may be `tensor` itself, or changed in place.
+    Return: (B, N, K) of 16- or 32-bit floats, finite. It may be `tensor` itself, which must not be changed in place:
+    it may be the caller's own.
     None: the core takes the tensor as it is.
 
         @moeplug.hookimpl

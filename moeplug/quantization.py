@@ -141,6 +141,14 @@ def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
     return magnitude.amax(dim).view(weight.dtype).float()
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether no number of a 1-D tensor is NaN or infinite; other dtypes than 16- and 32-bit floats are."""
+    if not values.is_floating_point() or values.element_size() not in (2, 4):
+        return True
+    parts = torch.split(values, CHUNK_ELEMENTS.get(values.device.type, 1 << 20))
+    return all(bool(torch.isfinite(absolute_maximum(part, -1))) for part in parts)
+
+
 def row_chunks(weight: Tensor) -> Iterator[tuple[int, slice]]:
     """Yield (b, rows) over (B, N, K) so that float32 scratch of a chunk stays within CHUNK_ELEMENTS."""
     B, N, K = weight.shape
@@ -156,7 +164,8 @@ def _sum_of_squares(values: Tensor) -> Tensor:
         total = torch.dot(flat, flat)  # float32: four times the speed, good to 1e-6 while no square over- or underflows
         if 1e-30 < float(total) < 1e30:
             return total.double()
-    return values.double().square_().sum()
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
 
 
 def _tensor_amax(weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 from moeplug import hookspecs
-from moeplug.errors import MoeplugError, PluginError, UsageError
+from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
 
 if TYPE_CHECKING:
@@ -86,16 +86,22 @@ class Registration:
 
     def add_format(self, number_format: NumberFormat) -> None:
         """Add a number format whose name plugin.yaml declares under `formats:`."""
-        self._add(self.formats, number_format, "formats")
+        from moeplug.formats import NumberFormat
+
+        self._add(self.formats, number_format, NumberFormat, "formats")
 
     def add_kernel(self, kernel: Kernel) -> None:
         """Add a kernel whose name plugin.yaml declares under `kernels:`. It is asked before the core's."""
-        self._add(self.kernels, kernel, "kernels")
+        from moeplug.kernels.select import Kernel
 
-    def _add(self, into: dict[str, Any], thing: Any, what: Literal["formats", "kernels"]) -> None:
+        self._add(self.kernels, kernel, Kernel, "kernels")
+
+    def _add(self, into: dict[str, Any], thing: Any, kind: type[Any], what: Literal["formats", "kernels"]) -> None:
+        if not isinstance(thing, kind):
+            raise PluginError(f"adds {thing!r} to {what}; expected an instance of {kind.__module__}.{kind.__name__}")
         manifest = self._plugin.manifest
         declared = [] if manifest is None else list(getattr(manifest, what))
-        name = str(getattr(thing, "name", type(thing).__name__))
+        name = str(thing.name)
         if name not in declared:
             raise PluginError(f"adds {name!r} to {what}, but plugin.yaml declares {declared}; add it there")
         if name in into:
@@ -133,8 +139,9 @@ class Registry:
         if only is None and (allowed := os.environ.get("MOEPLUG_PLUGINS")) is not None:
             only = [name.strip() for name in allowed.split(",") if name.strip()]
         points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        plugins = _mark_conflicts([_read_plugin(point) for point in points])
-        return cls(_mark_blocked(plugins, tuple(disable), None if only is None else tuple(only)))
+        plugins = [_read_plugin(point) for point in points]
+        blocked = _mark_blocked(plugins, tuple(disable), None if only is None else tuple(only))
+        return cls(_mark_conflicts(blocked))
 
     def usable(self) -> dict[str, Plugin]:
         """Return the active plugins by name."""
@@ -167,7 +174,7 @@ class Registry:
         registration = Registration(plugin)
         try:
             self._register(plugin, registration)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin that calls sys.exit must not look like success
             self._manager.unregister(name=name) if self._manager.has_plugin(name) else None
             self._callers.clear()
             reason = str(error) if isinstance(error, MoeplugError) else f"{type(error).__name__}: {error}"
@@ -197,11 +204,12 @@ class Registry:
                 return registration.formats[name]
         raise PluginError(f"number format {name!r} is not registered by an activated plugin")
 
-    def kernels(self) -> list[Kernel]:
-        """Return the activated plugins' kernels, then the core's."""
+    def kernels(self, plugin: str | None) -> list[Kernel]:
+        """Return the kernels that may serve a plugin's group: its own, then the core's."""
         from moeplug.kernels import core_kernels
 
-        return [k for r in self._active.values() for k in r.kernels.values()] + list(core_kernels())
+        own = self._active[plugin].kernels.values() if plugin in self._active else ()
+        return [*own, *core_kernels()]
 
     def call(self, stage: str, ctx: StageContext, default: Callable[[], Any], **given: Any) -> Any:
         """Ask the group's provider for one stage; None from it means `default()`.
@@ -212,17 +220,18 @@ class Registry:
         hook = "moeplug_" + stage
         try:
             answers = self._caller(hook, ctx.plugin)(ctx=ctx, **given)
-        except MoeplugError:
-            raise
+            if not answers:  # the default runs the plugin's code too: its format encodes, its kernel binds
+                return default()
         except Exception as error:
+            if ctx.plugin is None or isinstance(error, MoeplugError) or is_out_of_memory(error):
+                raise
             raise PluginError(f"{self._where(stage, ctx)} failed: {type(error).__name__}: {error}") from error
         if len(answers) > 1:
             raise PluginError(f"{self._where(stage, ctx)}: two answers; exactly one is allowed")
-        return answers[0] if answers else default()
+        return answers[0]
 
     def _where(self, stage: str, ctx: StageContext) -> str:
-        label = f"plugin '{ctx.plugin}'" if ctx.plugin else "an observer"
-        return f"{label}, stage {stage}, layer {ctx.layer.index}"
+        return f"plugin '{ctx.plugin}', stage {stage}, layer {ctx.layer.index}"
 
     def _caller(self, hook: str, provider: str | None) -> pluggy.HookCaller:
         key = (hook, provider)
@@ -300,9 +309,11 @@ def _check_declaration(point: importlib.metadata.EntryPoint, manifest: Manifest)
 
 
 def _mark_conflicts(plugins: list[Plugin]) -> list[Plugin]:
-    """Return the plugins with every one that shares a declared name with another marked `conflict`."""
+    """Return the plugins with every active one that shares a declared name with another active one in `conflict`."""
     owners: dict[tuple[str, str], list[int]] = {}
     for index, plugin in enumerate(plugins):
+        if plugin.state != "active":
+            continue
         for claim in {("plugin", plugin.name), *_claims(plugin)}:
             owners.setdefault(claim, []).append(index)
     marked = list(plugins)
@@ -311,7 +322,8 @@ def _mark_conflicts(plugins: list[Plugin]) -> list[Plugin]:
             continue
         for index in indices:
             others = ", ".join(f"{plugins[i].distribution} {plugins[i].version}" for i in indices if i != index)
-            reason = f"{kind} '{name}' is also declared by {others}; uninstall one, or --disable it"
+            way_out = "uninstall one" if kind == "plugin" else "uninstall or --disable one of them"
+            reason = f"{kind} '{name}' is also declared by {others}; {way_out}"
             marked[index] = replace(marked[index], state="conflict", reason=reason)
     return marked
 

@@ -169,3 +169,10 @@ def buffers_for(pieces: Collection[Piece], count: int = 2) -> list[memoryview]:
 def whole_tensors(checkpoint: Checkpoint) -> list[Piece]:
     """Return all tensors of a checkpoint as pieces, in file order."""
     return in_file_order(Piece(tensor, 0, tensor.nbytes) for tensor in checkpoint.tensors.values())
+
+
+def write_wide_config(folder: Path) -> None:
+    """Write the config.json of a Qwen3-MoE with one layer of 64 experts, 3 MiB a projection: for dummy weights."""
+    config = TINY_CONFIGS["qwen3_moe"] | {"model_type": "qwen3_moe", "mlp_only_layers": [], "num_hidden_layers": 1}
+    config |= {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(config))

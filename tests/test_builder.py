@@ -245,11 +245,19 @@ BAD_ANSWERS = {
     "allocate_shape": ({"moeplug_allocate": lambda ctx: {"w13": torch.empty(1), "w2": torch.empty(1)}}, "w13 is .1,."),
     "allocate_missing": ({"moeplug_allocate": lambda ctx: {}}, "stage allocate, layer 4: w13 is nothing"),
     "load_shape": ({"moeplug_load": lambda tensor: tensor[:, 1:]}, r"stage load, layer 4: returned \(1, 31, 64\)"),
-    "load_type": ({"moeplug_load": lambda tensor: "weights"}, "returned str; expected a float tensor"),
+    "load_type": ({"moeplug_load": lambda tensor: "weights"}, "returned str; expected 16- or 32-bit floats"),
+    "load_dtype": ({"moeplug_load": lambda tensor: tensor.double()}, "returned .*float64; expected 16- or 32-bit"),
+    "load_nan": ({"moeplug_load": lambda tensor: tensor * math.nan}, "returned NaN or an infinity for gate"),
+    "allocate_type": ({"moeplug_allocate": lambda ctx: 5}, "returned int; expected a mapping of w13 and w2"),
     "quantize_type": (spoiled(lambda scales: scales.scale), "returned Tensor; expected moeplug.Scales"),
     "quantize_shape": (spoiled(lambda s: Scales(s.scale[:, :, 0])), r"scale is \(1, 32\); expected \(1, 32, 1\)"),
     "quantize_dtype": (spoiled(lambda s: Scales(s.scale.double())), "scale is torch.float64; expected torch.float32"),
     "quantize_nan": (spoiled(lambda s: Scales(s.scale * math.nan)), "a scale is NaN or infinite"),
+    "quantize_zero_point": (
+        spoiled(lambda s: Scales(s.scale, torch.zeros(s.scale.shape))),
+        "zero_point is torch.float32; expected torch.int8",
+    ),
+    "create_scales_mapping": ({"moeplug_create_scales": lambda ctx: [1]}, "returned list; expected a mapping"),
     "create_scales_type": ({"moeplug_create_scales": lambda ctx: {"w13_scale": 1}}, "w13_scale is no tensor"),
     "create_scales_missing": ({"moeplug_create_scales": lambda ctx: {"x": torch.ones(1)}}, "left no 'w13_scale'"),
     "setup_kernel_type": ({"moeplug_setup_kernel": lambda ctx: 3}, "returned int; expected a callable"),
@@ -385,6 +393,35 @@ def test_stored_gives_an_expert_weight_back_whatever_the_layout():
         experts.stored("gate", 6)
 
 
+def test_a_state_dict_may_be_assigned_instead_of_copied():
+    source, target = (moeplug.quantize_experts(*weights(seed), "int8") for seed in (0, 9))
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(source(*tokens()), target(*tokens()))
+    empty = moeplug.quantize_experts(*weights(9), "int8").to("meta")
+    empty.load_state_dict(source.state_dict(), assign=True)
+    empty.slots = source.slots.clone()
+    assert torch.equal(source(*tokens()), empty(*tokens()))
+
+
+def test_parameters_are_quantized_without_a_graph():
+    w13, w2 = weights()
+    for scheme in ("int8", "int8-g32", scheme_of("overrides: [{experts: '1', weights: null}]\n")):
+        plain = moeplug.quantize_experts(w13, w2, scheme)
+        trained = moeplug.quantize_experts(torch.nn.Parameter(w13), torch.nn.Parameter(w2), scheme)
+        for name, tensor in trained.state_dict().items():
+            assert not tensor.requires_grad
+            assert torch.equal(tensor, plain.state_dict()[name])
+
+
+def test_quantize_experts_leaves_the_given_weights_alone():
+    w13, w2 = weights(dtype=torch.float32)
+    before = w13.clone(), w2.clone()
+    for scheme in ("int8", "int8-g32", Scheme.from_text("api: 1\nname: plain\nweights: null\n")):
+        moeplug.quantize_experts(w13, w2, scheme)
+    assert torch.equal(w13, before[0])
+    assert torch.equal(w2, before[1])
+
+
 def test_a_copy_is_a_module_of_its_own():
     experts = moeplug.quantize_experts(*weights(), "int8")
     expected = experts(*tokens())
@@ -423,7 +460,9 @@ def test_the_repr_says_scheme_kernel_and_bytes():
 
 
 @pytest.mark.parametrize(
-    ("w13", "w2"), [((E, 2 * I, H), (E, H, I + 1)), ((E, I, H), (E, H, I)), ((2 * I, H), (H, I))], ids=str
+    ("w13", "w2"),
+    [((0, 2 * I, H), (0, H, I)), ((E, 2 * I, H), (E, H, I + 1)), ((E, I, H), (E, H, I)), ((2 * I, H), (H, I))],
+    ids=str,
 )
 def test_quantize_experts_refuses_shapes_that_do_not_fit(w13, w2):
     with pytest.raises(UsageError, match=r"expected \(E, 2I, H\) and \(E, H, I\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import helpers
 import pytest
 import torch
@@ -102,6 +104,12 @@ def test_a_captured_graph_replays_with_new_inputs(scheme):
         assert torch.equal(out, experts(hidden, topk_weights, ids))
 
 
+def test_a_copy_of_a_gpu_module_computes_the_same():
+    experts = moeplug.quantize_experts(*on_gpu(weights()), "int8")
+    twin = copy.deepcopy(experts)
+    assert torch.equal(twin(*on_gpu(tokens())), experts(*on_gpu(tokens())))
+
+
 def test_results_repeat_bit_for_bit():
     experts = moeplug.quantize_experts(*on_gpu(weights()), "int8")
     arguments = on_gpu(tokens())
@@ -129,10 +137,16 @@ def test_a_model_loads_on_the_gpu_and_generates(tiny_checkpoint, model_type):
     assert loaded.report.peak_device_bytes > 0
 
 
-def test_loading_needs_no_more_memory_than_it_says():
+@pytest.mark.parametrize("scheme", ["int8", "int8-g32"])
+def test_loading_needs_no_more_memory_than_it_says(tmp_path, scheme):
+    """64 experts of 3 MiB a projection, 604 MB in bfloat16: a whole layer more would be seen at once."""
+    helpers.write_wide_config(tmp_path)
     (torch.randn(512, 512, device="cuda") @ torch.randn(512, 512, device="cuda")).sum().item()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loaded = moeplug.load(None, "int8", device="cuda")
+    planned = moeplug.plan(tmp_path, scheme, device="cuda", dummy=True)
+    loaded = moeplug.load(tmp_path, scheme, device="cuda", dummy=True)
     stays = sum(layer.nbytes for layer in loaded.layers.values())
-    assert torch.cuda.max_memory_allocated() - before - stays <= 64 * 2**20
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak - stays <= 64 * 2**20
+    assert peak <= planned.peak_bytes

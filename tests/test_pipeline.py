@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import helpers
 import pytest
@@ -78,6 +81,84 @@ def test_a_weight_that_is_not_finite_names_file_and_tensor(tiny_checkpoint, tmp_
     assert threading.active_count() == threads
 
 
+def test_a_dense_tensor_that_is_not_finite_is_named(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+
+    def spoil(tensors):
+        tensors["model.norm.weight"][3] = math.nan
+
+    helpers.edit_tensors(folder / "model.safetensors", spoil)
+    moeplug.load(folder, "int8", device="cpu")  # does not read it
+    with pytest.raises(CheckpointError, match=r"model.safetensors: model.norm.weight: holds NaN or an infinity"):
+        moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+
+
+def test_a_dense_dtype_that_torch_does_not_have_is_refused_by_the_plan(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+
+    def change(header):
+        header["model.norm.weight"]["dtype"] = "F8_E4M3FNUZ"
+        header["model.norm.weight"]["shape"] = [128]
+
+    helpers.edit_header(folder / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match="F8_E4M3FNUZ"):
+        moeplug.plan(folder, "int8", device="cpu", runtime="transformers")
+
+
+MEMORY = """
+import json, pathlib, sys
+import torch, moeplug
+from moeplug.registry import Registry
+
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+registry = Registry.discover()
+moeplug.quantize_experts(torch.randn(2, 128, 64), torch.randn(2, 64, 64), sys.argv[2], registry=registry)
+planned = moeplug.plan(sys.argv[1], sys.argv[2], device="cpu", dummy=True, registry=registry)
+next(planned.checkpoint.stream([planned.sources[0].piece], [memoryview(bytearray(1 << 22))] * 2))  # makes its numbers
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+loaded = moeplug.load(sys.argv[1], sys.argv[2], device="cpu", dummy=True, registry=registry)
+stays = sum(layer.nbytes for layer in loaded.layers.values())
+print(json.dumps([status("VmHWM") - before, stays, planned.transient_bytes]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("scheme", ["int8", "int8-g32"])
+def test_loading_on_a_cpu_needs_little_more_than_what_stays(tmp_path, scheme):
+    """64 experts of 3 MiB each, 604 MB: the bound is 64 MiB, a layer's scales in group 32 alone are 38 MB."""
+    helpers.write_wide_config(tmp_path)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), scheme]
+    peak, stays, planned = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert stays > 200 * 2**20
+    assert planned <= 64 * 2**20
+    assert peak - stays <= 64 * 2**20
+
+
+def test_loads_that_overlap_give_the_process_its_threads_back(tiny_checkpoint):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        started = threading.Barrier(2)
+
+        def load():
+            first = iter([started.wait])
+            progress = lambda done, total: next(first, lambda: None)()  # noqa: E731
+            moeplug.load(tiny_checkpoint("olmoe"), "int8", device="cpu", progress=progress)
+
+        workers = [threading.Thread(target=load) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_override_that_selects_nothing_is_refused_with_its_line(tiny_checkpoint):
     text = "api: 1\nname: t\nplugin: int8\nweights: {format: int8}\noverrides:\n"
     scheme = Scheme.from_text(
@@ -131,8 +212,6 @@ def test_progress_ends_at_the_total(tiny_checkpoint):
 
 
 def test_an_interrupt_leaves_no_thread_and_no_file_open(tiny_checkpoint):
-    from pathlib import Path
-
     def interrupt(done, total):
         raise KeyboardInterrupt
 

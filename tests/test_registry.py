@@ -151,6 +151,24 @@ def test_two_plugins_that_declare_one_format_are_a_conflict(site):
     assert "format 'aa'" in reason(registry, "bb")
 
 
+def test_blocking_one_of_two_ends_their_conflict(site):
+    install(site, "aa")
+    install(site, "bb", manifest="api: 1\nname: bb\nhooks: fake_bb.hooks\nformats: [aa]\n")
+    assert "--disable one of them" in reason(Registry.discover(), "aa")
+    registry = Registry.discover(disable=["bb"])
+    assert states(registry)["aa"] == "active"
+    assert states(registry)["bb"] == "blocked"
+    assert states(Registry.discover(only=["aa"]))["aa"] == "active"
+
+
+def test_a_broken_plugin_does_not_drag_its_namesake_into_a_conflict(site):
+    install(site, "twin")
+    install(site, "twin", distribution="moeplug-other-twin", version="2.0", target="no_such_package")
+    registry = Registry.discover()
+    assert sorted(p.state for p in registry.plugins if p.name == "twin") == ["active", "broken"]
+    registry.activate("twin", "a test")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [("no_such_package", "is not installed as a package"), ("fake_gone.deeper", "does not exist")],
@@ -210,11 +228,24 @@ def test_a_plugin_that_is_not_installed_is_named_with_those_that_are():
         (HOOKS.format(name="one") + "    raise ValueError('late')\n", "ValueError: late"),
         (HOOKS.format(name="other"), "adds 'other' to formats, but plugin.yaml declares"),
         (HOOKS.format(name="one") + "    registry.add_format(Mine())\n", "adds 'one' to formats twice"),
+        (HOOKS.format(name="one").replace("Mine()", "Mine"), "expected an instance of moeplug.formats.NumberFormat"),
+        ("import sys\nsys.exit(0)\n", "SystemExit"),
         ("", "declares one, which moeplug_register did not add"),
         (HOOKS.format(name="one") + "\n@moeplug.hookimpl\ndef moeplug_quantise(ctx): ...\n", "moeplug_quantise"),
         (HOOKS.format(name="one") + "\n@moeplug.hookimpl\ndef moeplug_allocate(context): ...\n", "context"),
     ],
-    ids=["import", "syntax", "raises_late", "undeclared", "twice", "declared_only", "unknown_hook", "unknown_argument"],
+    ids=[
+        "import",
+        "syntax",
+        "raises_late",
+        "undeclared",
+        "twice",
+        "a_class",
+        "exits",
+        "declared_only",
+        "unknown_hook",
+        "unknown_argument",
+    ],
 )
 def test_a_registration_that_fails_leaves_nothing_of_the_plugin_registered(site, hooks, message):
     install(site, "one", hooks=hooks)
@@ -267,6 +298,47 @@ def test_an_exception_in_a_hook_names_plugin_stage_and_layer(site):
     registry.activate("one", "a test")
     with pytest.raises(PluginError, match="plugin 'one', stage allocate, layer 3 failed: KeyError: 'w13'"):
         registry.call("allocate", context("one"), lambda: None)
+
+
+def test_an_exception_in_a_plugins_format_names_the_plugin_too(site):
+    broken = HOOKS.format(name="one").replace("out.copy_(scaled.round_())", "out.no_such_method()")
+    install(site, "one", hooks=broken)
+    scheme = moeplug.Scheme.from_text(SCHEME.format(name="one"))
+    with pytest.raises(PluginError, match="plugin 'one', stage quantize, layer 0 failed: AttributeError"):
+        moeplug.quantize_experts(torch.randn(2, 8, 16), torch.randn(2, 16, 4), scheme)
+
+
+KERNEL = """
+from moeplug.kernels import Kernel
+from moeplug.moe.layout import CONCATENATED
+
+
+class Greedy(Kernel):
+    name = "greedy"
+    layout = CONCATENATED
+
+    def reason_against(self, request):
+        return None
+
+    def bind(self, request, weights, scales):
+        return lambda hidden, topk_weights, topk_ids, out=None: hidden * 0
+
+
+@moeplug.hookimpl
+def moeplug_register(registry):
+    registry.add_format(Mine())
+    registry.add_kernel(Greedy())
+"""
+
+
+def test_a_plugins_kernel_serves_its_own_groups_and_no_others(site):
+    manifest = MANIFEST.format(name="one", package="fake_one") + "kernels: [greedy]\n"
+    install(site, "one", manifest=manifest, hooks=HOOKS.format(name="one").split("@moeplug")[0] + KERNEL)
+    registry = Registry.discover()
+    scheme = moeplug.Scheme.from_text(SCHEME.format(name="one"))
+    weights = torch.randn(2, 8, 16), torch.randn(2, 16, 4)
+    assert moeplug.quantize_experts(*weights, scheme, registry=registry).kernels == ("greedy",)
+    assert moeplug.quantize_experts(*weights, "int8", registry=registry).kernels == ("cpu-grouped",)
 
 
 def test_a_plugins_own_scheme_error_passes_unchanged(site):

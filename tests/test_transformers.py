@@ -112,6 +112,33 @@ def test_tied_weights_are_tied(tmp_path):
     assert relative(logits(loaded.model, tokens()), logits(model, tokens())) < 0.05
 
 
+def test_a_tied_weight_may_be_there_under_both_names(tmp_path, tiny_checkpoint):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    loaded = moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+    assert loaded.model.lm_head.weight.data_ptr() == loaded.model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_parameters": {"rope_type": "zzz"}}, {"dtype": "foo"}, {"num_key_value_heads": 0}, {"vocab_size": "many"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_that_transformers_does_not_understand_is_refused_by_the_plan(tiny_checkpoint, tmp_path, change):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match="makes no model of config.json"):
+        moeplug.plan(folder, "int8", device="cpu", runtime="transformers")
+
+
+def test_the_plan_refuses_what_the_load_would(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+    moeplug.plan(folder, "int8", device="cpu")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight"):
+        moeplug.plan(folder, "int8", device="cpu", runtime="transformers")
+
+
 def test_a_missing_dense_tensor_is_named(tiny_checkpoint, tmp_path):
     folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
     helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))

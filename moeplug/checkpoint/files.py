@@ -164,7 +164,7 @@ def locate_file(folder: Path, name: str, *, allow_symlinks: bool) -> SourceFile:
     if not allow_symlinks and target.parent not in allowed:
         raise CheckpointError(
             f"{path}: is a symlink to {shown(str(target))}, outside the checkpoint's folder; "
-            "copy the file there, or allow symlinks (--allow-symlinks) if you trust where it points"
+            "copy the file there"
         )
     if not target.exists():
         raise CheckpointError(f"{path}: is a symlink to {shown(str(target))}, which does not exist; download it again")

@@ -13,10 +13,10 @@ from moeplug.errors import PluginError, UsageError
 from moeplug.formats import NumberFormat
 from moeplug.kernels.select import KernelRequest
 from moeplug.moe.layout import ACTIVATIONS
+from moeplug.quantization import STRATEGIES
 from moeplug.spec import WeightSpec
 
 HIDDEN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
-STRATEGIES: Final = ("tensor", "channel", "group")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,15 @@ class ExpertGroup(nn.Module):
             for name in self._buffers:
                 state_dict[prefix + name] = relayout(state_dict[prefix + name], name, source, self.ctx.layout)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._bind()  # assign=True puts other tensors in the buffers' places
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the bound kernel out of copies: each binds its own buffers."""
+        return {**self.__dict__, "_experts_forward": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._bind()
 
 
 class QuantizedExperts(nn.Module):

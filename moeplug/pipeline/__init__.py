@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from moeplug.checkpoint.locate import by_piece
 from moeplug.checkpoint.reader import Piece, TensorInfo, in_file_order
-from moeplug.errors import MoeplugError
+from moeplug.errors import CheckpointError
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass
 from moeplug.pipeline.plan import READ_BUFFERS, TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
+from moeplug.quantization import is_finite
 from moeplug.registry import Registry
 
 __all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "plan_layer", "plan_model", "run"]
@@ -90,6 +92,7 @@ class _Job:
                     self._feed(piece, raw)
                 else:
                     self._keep(piece, raw)
+                del raw  # before the next piece is copied: the plan counts one on the device
                 done += piece.nbytes
                 progress(done, self.total_bytes)
         assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
@@ -109,6 +112,11 @@ class _Job:
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""
         tensor = self.dense[piece.tensor.name]
+        if not is_finite(raw.view(tensor.dtype)):
+            raise CheckpointError(
+                f"{piece.tensor.file.name}: {piece.tensor.name}: holds NaN or an infinity; expected finite weights. "
+                "The file is damaged or the model diverged: get the file again"
+            )
         tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
 
     def _builder(self, layer: int) -> LayerBuilder:
@@ -140,18 +148,41 @@ def _one_torch_thread(device: torch.device) -> Iterator[None]:
     A chunk's operations take tens of microseconds, as long as OpenMP takes to start and join its threads; measured on
     2 cores with another process on them: 1.8 to 2.5 GB/s on one thread, 0.5 to 1.0 on two.
     """
-    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        yield
+        return
+    _cpu_loads.enter()
     try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
+        _cpu_loads.leave()
+
+
+class _CpuLoads:
+    """Counts the loads that want one torch thread: the number is the process's, so the last one out restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._threads = 1
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._running == 0:
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._running += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running == 0:
+                torch.set_num_threads(self._threads)
+
+
+_cpu_loads = _CpuLoads()
 
 
 def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
-    name = TORCH_DTYPES.get(tensor.dtype)
-    if name is None or not hasattr(torch, name):
-        raise MoeplugError(f"{tensor.file.name}: {tensor.name}: dtype {tensor.dtype} has no torch dtype")
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
     return dtype

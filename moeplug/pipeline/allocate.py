@@ -14,9 +14,14 @@ from moeplug.registry import Registry
 
 def allocate(registry: Registry, ctx: StageContext) -> dict[str, Tensor]:
     """Return the group's buffers by name, shapes and dtypes checked; their bytes are arbitrary."""
-    buffers = dict(registry.call("allocate", ctx, lambda: _empty(ctx)))
+    buffers = registry.call("allocate", ctx, lambda: _empty(ctx))
+    if not isinstance(buffers, Mapping):
+        raise PluginError(
+            f"plugin '{ctx.plugin}', stage allocate, layer {ctx.layer.index}: returned {type(buffers).__name__}; "
+            "expected a mapping of w13 and w2"
+        )
     _check(ctx, buffers)
-    return buffers
+    return dict(buffers)
 
 
 def buffer_shapes(ctx: StageContext) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:

@@ -53,6 +53,7 @@ class LayerBuilder:
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
         self._sums: dict[tuple[int, Projection], Tensor] = {}
 
+    @torch.no_grad()
     def feed(self, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str = "memory") -> None:
         """Quantize B expert weights of one projection.
 

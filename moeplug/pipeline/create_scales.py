@@ -61,7 +61,12 @@ def create_scales(registry: Registry, ctx: StageContext, store: ScaleStore) -> d
     """Return the kernel's scale tensors by name."""
     given: Mapping[Projection, Scales] = {projection: store.scales(projection) for projection in PROJECTIONS}
     tensors = registry.call("create_scales", ctx, lambda: store.tensors, scales=given)
-    wrong = [name for name, tensor in dict(tensors).items() if not isinstance(tensor, Tensor)]
+    if not isinstance(tensors, Mapping):
+        raise PluginError(
+            f"plugin '{ctx.plugin}', stage create_scales, layer {ctx.layer.index}: returned {type(tensors).__name__}; "
+            "expected a mapping of names to tensors"
+        )
+    wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if wrong:
         raise PluginError(
             f"plugin '{ctx.plugin}', stage create_scales, layer {ctx.layer.index}: {wrong[0]} is no tensor"

@@ -12,7 +12,7 @@ from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
-from moeplug.errors import RefusedError, SchemeError
+from moeplug.errors import CheckpointError, RefusedError, SchemeError
 from moeplug.formats import NumberFormat, Unquantized
 from moeplug.hookspecs import StageContext
 from moeplug.kernels.select import Device, KernelRequest, select_kernel
@@ -171,6 +171,8 @@ def plan_model(
         sources.extend(found)
     check_overrides(scheme, layers)
     kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    if with_dense:
+        _check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
     plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
     if budget is not None and plan.peak_bytes > budget:
@@ -201,6 +203,15 @@ def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -
     for plugin in plugins:
         _check_needs(plugin, device_of(device), where)
         registry.activate(plugin.name, where)
+
+
+def _check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
+    for tensor in kept:
+        if not hasattr(torch, TORCH_DTYPES.get(tensor.dtype, "")):
+            known = ", ".join(name for name, torch_name in TORCH_DTYPES.items() if hasattr(torch, torch_name))
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name}: dtype {tensor.dtype} is unknown to this torch; expected one of {known}"
+            )
 
 
 def _check_needs(plugin: Plugin, device: Device, where: str) -> None:
@@ -256,7 +267,7 @@ def _plan_group(
         fmt = request.down_format if projection == "down" else request.gate_up_format
         if spec is not None:
             _check_fit(scheme, layer, projection, spec, fmt)
-    selection = select_kernel(request, registry.kernels())
+    selection = select_kernel(request, registry.kernels(plugin))
     ctx = StageContext(plugin, request, experts, selection.kernel, _options_of(plugin, scheme, registry))
     return GroupPlan(ctx, selection.against)
 

@@ -54,5 +54,8 @@ def _check(ctx: StageContext, projection: Projection, scales: object, out: Tenso
     assert scales.scale is not None
     if scales.scale.dtype != quantization.scale_dtype(spec):
         raise PluginError(f"{where}: scale is {scales.scale.dtype}; expected {quantization.scale_dtype(spec)}")
+    stored = ctx.format(projection).storage_dtype
+    if scales.zero_point is not None and scales.zero_point.dtype != stored:
+        raise PluginError(f"{where}: zero_point is {scales.zero_point.dtype}; expected {stored}")
     if not bool(torch.isfinite(scales.scale).all()):
         raise PluginError(f"{where}: a scale is NaN or infinite")

@@ -46,7 +46,7 @@ class PipelineBinder:
     def replan(self, ctx: StageContext, device: torch.device) -> StageContext:
         """Return ctx with the kernel that serves the group on device; raise SchemeError where none does."""
         request = replace(ctx.request, device=device_of(device))
-        return replace(ctx, request=request, kernel=select_kernel(request, self._registry.kernels()).kernel)
+        return replace(ctx, request=request, kernel=select_kernel(request, self._registry.kernels(ctx.plugin)).kernel)
 
     def bind(self, ctx: StageContext, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> ExpertsForward:
         """Run stage 5."""
