@@ -26,7 +26,7 @@ from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
 from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
 from moeplug.pipeline.plan import activate_plugins
 from moeplug.registry import Registry
-from moeplug.scheme import Scheme, find_scheme
+from moeplug.scheme import Scheme
 
 Runtime = Literal["transformers"]
 
@@ -162,7 +162,7 @@ def _empty_model(planned: Plan) -> Any:
 
 def resolve_scheme(scheme: str | Path | Scheme, registry: Registry) -> Scheme:
     """Return a Scheme of a Scheme, a path, or the name of an installed scheme."""
-    return scheme if isinstance(scheme, Scheme) else find_scheme(str(scheme), registry.scheme_files())
+    return scheme if isinstance(scheme, Scheme) else registry.scheme(str(scheme))
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

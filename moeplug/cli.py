@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -14,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 import click
 
 from moeplug import __version__
-from moeplug.errors import InputOutputError, MoeplugError, UsageError
+from moeplug.errors import InputOutputError, MoeplugError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from moeplug.api import Loaded
+    from moeplug.evaluation import Inputs
     from moeplug.pipeline import Plan
     from moeplug.registry import Registry
 
@@ -32,11 +37,40 @@ Exit codes:
   5    input/output: not found, permission, disk full, out of memory
   6    refused by --budget or by the scheme's `accept:`
   130  interrupted with Ctrl-C
+  141  the reader of the output went away, as in `moeplug plugins | head -1`
   143  ended by SIGTERM
 """
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class ClosedPipe(BaseException):
+    """The reader of our output went away. No OSError: click would end such a one with exit code 1."""
+
+
+@contextmanager
+def _closed_pipes() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ClosedPipe from error
+
+
+class Commands(click.Group):
+    """The top group; a pipe that closes while it parses (and prints help) or runs leaves it as ClosedPipe."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line."""
+        with _closed_pipes():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _closed_pipes():
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="moeplug")
 def cli() -> None:
     """Load Mixture-of-Experts checkpoints and quantize their experts while reading, under a YAML scheme.
@@ -106,27 +140,32 @@ def load(
     from moeplug import api, terminal
 
     registry = _registry(disable)
-    demo = model is None and not dummy
+    built = _runtime(runtime, dummy)
+    if built is None and (prompt is not None or text is not None):
+        raise UsageError("--prompt and --text need a model to run: use --runtime transformers, without --dummy")
     if model is None:
         what = "dummy weights in the shape of the demo checkpoint" if dummy else "the demo checkpoint"
         terminal.note(f"no MODEL was given: loading {what} ({api.demo_checkpoint()})")
-    if demo:
-        prompt, text = prompt or terminal.DEMO_PROMPT, text or api.demo_checkpoint().parent / "heldout.txt"
-    built = _runtime(runtime, dummy)
-    if built is None and not demo and (prompt or text):
-        raise UsageError("--prompt and --text need a model to run: use --runtime transformers, without --dummy")
+        if built is not None:
+            prompt = terminal.DEMO_PROMPT if prompt is None else prompt
+            text = text or api.demo_checkpoint().parent / "heldout.txt"
     plan = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
     for name in observe:
         registry.observe(name)
+    inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
+    if report is not None:
+        terminal.check_writable(report)
     loaded = _execute(plan, registry, built, "loading")
-    generated = None
-    if built is not None and (prompt or text):
-        generated = _use(loaded, prompt, max_new_tokens, text)
-    loaded.report.write(report or terminal.default_report_path(plan))
+    generated = None if inputs is None else _use(loaded, inputs, max_new_tokens)
+    unwritten = terminal.write_report(loaded.report, report or terminal.default_report_path(plan))
     if as_json:
         terminal.print_json(loaded.report.as_dict() | {"prompt": prompt, "generated": generated})
     else:
         terminal.print_report(loaded.report, prompt, generated)
+    if unwritten is not None and report is not None:
+        raise unwritten
+    if unwritten is not None:
+        terminal.note(f"{unwritten}; --report FILE says where else")
 
 
 @cli.command()
@@ -143,10 +182,12 @@ def generate(
 
     if dummy or runtime == "none":
         raise UsageError("generate needs a whole model: without --dummy, with --runtime transformers")
+    if prompt is None and sys.stdin is None:
+        raise UsageError("standard input is closed, and no prompt can come from it: use --prompt")
     registry = _registry(disable)
     plan = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    tokenizer = _inputs(plan, prompt, None).tokenizer
     loaded = _execute(plan, registry, "transformers", "loading")
-    tokenizer = _tokenizer(plan)
     for line in [prompt] if prompt is not None else terminal.prompts():
         streamer = None if as_json else terminal.streamer(tokenizer)
         if streamer is not None:
@@ -168,9 +209,8 @@ def plan(
     registry = _registry(disable)
     if model is None:
         terminal.note(f"no MODEL was given: planning the demo checkpoint ({api.demo_checkpoint()})")
-    planned = api.plan(
-        model, scheme, device=device, runtime=_runtime(runtime, dummy), budget=budget, dummy=dummy, registry=registry
-    )
+    built = _runtime(runtime, dummy)
+    planned = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
     if as_json:
         terminal.print_json(planned.as_dict())
     else:
@@ -197,10 +237,11 @@ def evaluate(
         text = api.demo_checkpoint().parent / "heldout.txt"
     registry = _registry(disable)
     planned = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    inputs = _inputs(planned, None, text, max_tokens)
     loaded = _execute(planned, registry, "transformers", "loading")
-    result = _evaluate(loaded, text, max_tokens)
+    result = _evaluate(loaded, inputs)
     if as_json:
-        terminal.print_json({"scheme": planned.scheme.name, "text": str(text), **result})
+        terminal.print_json({"scheme": planned.scheme.name, **result})
     else:
         terminal.print_evaluation(planned.scheme.name, result)
 
@@ -232,12 +273,16 @@ def schemes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plugin_options
 def schemes_list(as_json: bool = False, disable: tuple[str, ...] = ()) -> None:
-    """List the schemes of installed plugins."""
+    """List the schemes of installed plugins. One that is wrong is a note on standard error, beside the others."""
     from moeplug import terminal
     from moeplug.scheme import find_scheme
 
-    files = _registry(disable).scheme_files()
-    rows = [(find_scheme(name, files), path) for name, path in files.items()]
+    files, rows = _registry(disable).scheme_files(), []
+    for name, path in files.items():
+        try:
+            rows.append((find_scheme(name, files), path))
+        except MoeplugError as error:
+            terminal.note(f"scheme '{name}' is not listed: {error}")
     if as_json:
         terminal.print_json(
             [{"name": s.name, "plugin": s.plugin, "description": s.description, "path": str(p)} for s, p in rows]
@@ -250,10 +295,8 @@ def schemes_list(as_json: bool = False, disable: tuple[str, ...] = ()) -> None:
 @click.argument("name")
 @plugin_options
 def schemes_show(name: str, disable: tuple[str, ...]) -> None:
-    """Print a scheme as it is read: `extends:` resolved, defaults filled in."""
-    from moeplug.scheme import find_scheme
-
-    click.echo(find_scheme(name, _registry(disable).scheme_files()).to_yaml(), nl=False)
+    """Print a scheme with the schemes it `extends:` merged in. A field that is left out has its default."""
+    click.echo(_registry(disable).scheme(name).to_yaml(), nl=False)
 
 
 @cli.command()
@@ -289,18 +332,18 @@ def schema(kind: Literal["scheme", "plugin"]) -> None:
 
 def parse_size(text: str) -> int:
     """Return bytes of "20GB" (10**9), "16GiB" (2**30), "512MB", "4096"."""
-    units = {"": 1, "B": 1}
-    for power, letter in enumerate("KMGT", start=1):
-        units[letter + "B"], units[letter + "IB"] = 1000**power, 1024**power
-    number = text.strip().rstrip("BbIiKkMmGgTt ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = int(float(number) * units[unit])
+    # ASCII: re.IGNORECASE would take the Kelvin sign for a k, and \d any script's digits
+    pattern = r"([0-9]{1,30}(?:\.[0-9]{1,30})?) *(?:B|([KMGT])(I?)B)?"
+    match = re.fullmatch(pattern, text.strip(), re.ASCII | re.IGNORECASE)
+    if match is not None:
+        number, letter, binary = match.groups(default="")
+        size = int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
         if size > 0:
             return size
-    except (ValueError, KeyError, OverflowError):
-        pass
-    raise UsageError(f"{text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30)")
+    raise UsageError(
+        f"{text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30); "
+        "units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+    )
 
 
 def _registry(disable: tuple[str, ...]) -> Registry:
@@ -326,36 +369,36 @@ def _execute(plan: Plan, registry: Registry, runtime: Any, label: str) -> Loaded
         return api.execute(plan, registry, runtime=runtime, progress=progress)
 
 
-def _tokenizer(plan: Plan) -> Any:
-    from moeplug.integrations.transformers import tokenizer_of
+def _inputs(plan: Plan, prompt: str | None, text: Path | None, max_tokens: int | None = None) -> Inputs:
+    from moeplug.evaluation import read_inputs
 
-    return tokenizer_of(plan.checkpoint.path)
+    return read_inputs(plan.checkpoint.path, prompt, text, max_tokens)
 
 
-def _use(loaded: Loaded, prompt: str | None, max_new_tokens: int, text: Path | None) -> str | None:
+def _use(loaded: Loaded, inputs: Inputs, max_new_tokens: int) -> str | None:
     """Generate and measure with a loaded model; the measurement goes into its report."""
     from moeplug import evaluation
 
     generated = None
-    if prompt:
-        tokenizer = _tokenizer(loaded.report.plan)
-        generated = evaluation.generate(loaded.model, tokenizer, prompt, max_new_tokens)
-    if text is not None:
-        loaded.report.evaluation = {"text": str(text), **_evaluate(loaded, text, None)}
+    if inputs.prompt is not None:
+        generated = evaluation.generate(loaded.model, inputs.tokenizer, inputs.prompt, max_new_tokens)
+    if inputs.ids is not None:
+        loaded.report.evaluation = _evaluate(loaded, inputs)
     return generated
 
 
-def _evaluate(loaded: Loaded, text: Path, max_tokens: int | None) -> dict[str, Any]:
+def _evaluate(loaded: Loaded, inputs: Inputs) -> dict[str, Any]:
     from moeplug import evaluation, terminal
     from moeplug.integrations.transformers import reference_model
 
     plan = loaded.report.plan
-    ids = evaluation.encode_file(_tokenizer(plan), text, max_tokens)
+    assert inputs.ids is not None
     with terminal.progress_bar(f"perplexity, {plan.scheme.name}", unit="tokens") as progress:
-        scheme = evaluation.score_text(loaded.model, ids, progress)
+        scheme = evaluation.score_text(loaded.model, inputs.ids, progress)
     reference = reference_model(plan.checkpoint.path, plan.device)
     with terminal.progress_bar("perplexity, unquantized", unit="tokens") as progress:
-        return evaluation.compare(evaluation.score_text(reference, ids, progress), scheme)
+        score = evaluation.score_text(reference, inputs.ids, progress)
+    return {"text": str(inputs.text), **evaluation.compare(score, scheme)}
 
 
 class Terminated(BaseException):
@@ -369,33 +412,41 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; every foreseen failure is one message on stderr and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="backslashreplace")  # paths and plugins' texts may hold any character
+    try:
+        with _closed_pipes():
+            _run()
+    except ClosedPipe:  # end as quietly as other tools do
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # Python flushes both at its end, and would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(141)
+
+
+def _run() -> NoReturn:
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except MoeplugError as error:
         _stop(str(error), error.exit_code)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("interrupted", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
     except Terminated:
         _stop("ended by SIGTERM", 143)
-    except BrokenPipeError:  # the reader of a pipe went away: end as quietly as other tools do
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", InputOutputError.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "out of memory" not in str(error)
-            and "allocate memory" not in str(error)
-        ):
+        if not is_out_of_memory(error):
             raise
-        _stop(f"out of memory: {str(error).splitlines()[0]}; `moeplug plan` says what a load needs", 5)
+        reason = (str(error).splitlines() or ["no room for a Python object"])[0]
+        _stop(f"out of memory: {reason}; `moeplug plan` says what a load needs", 5)
 
 
 def _stop(message: str, code: int) -> NoReturn:

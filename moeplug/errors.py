@@ -18,8 +18,10 @@ from __future__ import annotations
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, of Python or of torch, says that memory ran out. Imports no torch."""
-    named = type(error).__name__ == "OutOfMemoryError"
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch has no type of its own for these two: host memory, and what the CUDA driver says.
+    return "DefaultCPUAllocator: " in str(error) or str(error).startswith("CUDA error: out of memory")
 
 
 class MoeplugError(Exception):

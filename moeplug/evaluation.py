@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
+from moeplug.integrations.transformers import tokenizer_of
 
 WINDOW_TOKENS = 512
 Progress = Callable[[int, int], None]
@@ -28,6 +29,35 @@ class TextScore:
     def perplexity(self) -> float:
         """Return exp of the mean negative log likelihood of a token."""
         return float(torch.tensor(self.nll / self.tokens, dtype=torch.float64).exp())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is to continue and to be measured on: read and encoded before a weight is.
+
+    ids: (n,) int64, the tokens of the text file.
+    """
+
+    tokenizer: Any
+    prompt: str | None
+    text: Path | None
+    ids: Tensor | None
+
+
+def read_inputs(checkpoint: Path, prompt: str | None, text: Path | None, limit: int | None = None) -> Inputs:
+    """Return the inputs of a checkpoint's model, or raise what would otherwise come up after a long load."""
+    if prompt is not None:
+        check_prompt(prompt)
+    tokenizer = load_tokenizer(checkpoint)
+    return Inputs(tokenizer, prompt, text, None if text is None else encode_file(tokenizer, text, limit))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Return a checkpoint's tokenizer, or raise CheckpointError where it has none that makes tokens."""
+    tokenizer = tokenizer_of(path)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is no file
+        raise CheckpointError(f"{path}: there is no tokenizer.json, or no token in it; --prompt and --text need one")
+    return tokenizer
 
 
 def encode_file(tokenizer: Any, file: Path, limit: int | None = None) -> Tensor:
@@ -79,14 +109,23 @@ def compare(reference: TextScore, scheme: TextScore) -> dict[str, float | int]:
     }
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise UsageError for a prompt that no tokenizer can read."""
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; give the model at least one word")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no text come as lone surrogates
+        raise UsageError(f"the prompt is not UTF-8 from its character {error.start} on") from error
+
+
 @torch.inference_mode()
 def generate(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0, streamer: Any = None
 ) -> str:
     """Return what the model writes after the prompt; temperature 0 takes the likeliest token each time."""
+    check_prompt(prompt)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-    if inputs["input_ids"].numel() == 0:
-        raise UsageError("the prompt is empty; give the model at least one word")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)

@@ -25,6 +25,7 @@ import pluggy
 from moeplug import hookspecs
 from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
+from moeplug.scheme import Scheme, find_scheme
 
 if TYPE_CHECKING:
     from moeplug.formats import NumberFormat
@@ -154,6 +155,19 @@ class Registry:
     def scheme_files(self) -> dict[str, Path]:
         """Return every installed scheme of an active plugin: name → file."""
         return {name: file for plugin in self.usable().values() for name, file in plugin.scheme_files().items()}
+
+    def scheme(self, name_or_path: str) -> Scheme:
+        """Return the scheme in a file, or an installed one by its name.
+
+        Raises PluginError where the plugin that ships it cannot be used, SchemeError or InputOutputError otherwise.
+        """
+        installed = self.scheme_files()
+        for plugin in self.plugins:
+            # A broken plugin.yaml does not say which schemes it ships; one of the plugin's own name is the usual guess.
+            ships = name_or_path in plugin.scheme_files() or (plugin.manifest is None and name_or_path == plugin.name)
+            if ships and name_or_path not in installed:
+                self.require(plugin.name, f"scheme '{name_or_path}'")
+        return find_scheme(name_or_path, installed)
 
     def require(self, name: str, wanted_by: str) -> Plugin:
         """Return an active plugin, or raise PluginError that says what is wrong with it and who wants it."""

@@ -271,7 +271,7 @@ def find_scheme(name_or_path: str, installed: Mapping[str, Path]) -> Scheme:
 
 
 def _no_such_scheme(name: str, known: Mapping[str, Path]) -> str:
-    return f"no scheme is called {show(name)}{did_you_mean(name, known) or ';'} Known: {listing(sorted(known))}"
+    return f"no scheme is called {show(name)}{did_you_mean(name, known) or '.'} Known: {listing(sorted(known))}"
 
 
 def _file_hint(name: str) -> str:

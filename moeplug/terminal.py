@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import secrets
 import sys
+import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import platformdirs
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
     from moeplug.pipeline import Plan, Report
@@ -23,12 +30,25 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "The :mod:`json` module"
 MIN_WIDTH = 120  # of a table that is not on a terminal: wrapped cells are of no use to grep
+MIN_TERMINAL_WIDTH = 80  # the tables fit; a narrower terminal wraps lines itself
+DIGITS_WIDTH = 49  # of a table's columns of numbers and of all gaps; what is left is for specs and kernels
 
 
-def out() -> Console:
+class Output(Console):
+    """A console that takes text as it is: paths and prompts may hold what rich reads as markup or emoji."""
+
+    def __init__(self, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to `moeplug.cli.main`; rich would end with exit code 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def out() -> Output:
     """Return the console of results: as wide as the terminal, or wide enough for a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(MIN_WIDTH, console.width))
+    console = Output()
+    return Output(width=max(MIN_TERMINAL_WIDTH if console.is_terminal else MIN_WIDTH, console.width))
 
 
 def note(message: str) -> None:
@@ -48,82 +68,92 @@ def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int
     from rich.progress import TransferSpeedColumn as Speed
 
     amounts = [DownloadColumn(), Speed()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, refresh_per_second=8) as bar:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *amounts, TimeRemainingColumn()]
+    with Progress(*columns, console=Output(stderr=True), refresh_per_second=8) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def default_report_path(plan: Plan) -> Path:
-    """Return a new file in the user's state folder, named by model, scheme and time."""
+    """Return a new file in the user's state folder, named by time, model and scheme; the rest makes it the only one."""
     folder = platformdirs.user_state_path("moeplug", appauthor=False) / "reports"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     return folder / f"{stamp}-{plan.checkpoint.path.resolve().name}-{plan.scheme.name}.json"
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputOutputError before a load whose report could not be written after it."""
+    try:
+        if path.exists() and not path.is_file():  # the report comes by a rename, which would replace a device
+            raise OSError(errno.EEXIST, "it exists, and is no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_report(report: Report, path: Path) -> InputOutputError | None:
+    """Write a report; return what went wrong, so that a finished load is shown first."""
+    try:
+        report.write(path)
+    except InputOutputError as error:
+        report.path = None
+        return error
+    return None
 
 
 def print_report(report: Report, prompt: str | None, generated: str | None) -> None:
     """Print the table of a load, then its totals, perplexity and where the report is."""
     console, plan = out(), report.plan
-    table = Table(title=f"{plan.checkpoint.path} under {plan.scheme.name} on {plan.device}", title_justify="left")
-    for column, side in zip(
-        ("layer", "experts", "before", "after", "worst error", "at", "mean error", "weights", "kernel"), "rrrrrlrll",
-        strict=True,
-    ):  # fmt: skip
-        table.add_column(column, justify="right" if side == "r" else "left", no_wrap=True)
+    table = _table("layer", "before", "after", "worst\nerror", "mean\nerror", "weights", "kernel")
     for layer in report.layers:
-        table.add_row(
-            str(layer.plan.layer.index),
-            str(layer.plan.layer.num_experts),
-            size(layer.plan.bytes_before),
-            size(layer.plan.bytes_after),
-            f"{layer.errors.worst:.5f}",
-            layer.errors.worst_where,
-            f"{layer.errors.mean:.5f}",
-            layer.weights,
-            layer.kernels,
-        )
-    console.print(table)
+        numbers = [size(layer.plan.bytes_before), size(layer.plan.bytes_after)]
+        errors = [f"{layer.errors.worst:.5f}", f"{layer.errors.mean:.5f}"]
+        # Layers with overrides have several groups; those of the same weights and kernel are one line.
+        shown = [str(layer.plan.layer.index), *numbers, *errors]
+        for texts in dict.fromkeys(_texts(console, group) for group in layer.plan.as_dict()["groups"]):
+            table.add_row(*shown, *texts)
+            shown = [""] * len(shown)
+    _print_table(console, plan, table)
     console.print("errors: relative RMS of an expert weight, ||weight - decoded|| / ||weight||", style="dim")
+    worst = max(report.layers, key=lambda layer: layer.errors.worst)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
-    lines = [
-        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%})"),
+    _print_lines(
+        console,
+        ("worst error", f"{worst.errors.worst:.5f}: layer {worst.plan.layer.index}, {worst.errors.worst_where}"),
+        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {_experts(plan)}"),
         ("other weights", f"{size(plan.dense_bytes)}, as they were" if plan.with_dense else "not loaded"),
         ("peak memory", _peak(report)),
         ("time", f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s of checkpoint"),
-    ]
-    if report.evaluation:
-        lines.append(("perplexity", _perplexity(report.evaluation)))
-    lines.append(("report", f"{report.path} (provenance: versions, hashes, device)"))
-    for name, value in lines:
-        console.print(f"{name:>14}  {escape(value)}", soft_wrap=True)
+        ("perplexity", _perplexity(report.evaluation) if report.evaluation else None),
+        ("report", f"{report.path} (provenance: versions, hashes, device)" if report.path else "not written"),
+    )
     if generated is not None:
-        console.print(f"\n{escape(prompt or '')}[bold]{escape(generated.rstrip())}[/bold]", soft_wrap=True)
+        console.print()
+        console.print(Text.assemble(prompt or "", (generated.rstrip(), "bold")), soft_wrap=True)
 
 
 def print_plan(plan: Plan) -> None:
     """Print a plan: layers, kernels with the reasons against the others, and totals."""
     console = out()
-    table = Table(title=f"{plan.checkpoint.path} under {plan.scheme.name} on {plan.device}", title_justify="left")
-    for column in ("layer", "experts", "weights", "before", "after", "kernel"):
-        table.add_column(column, no_wrap=True, justify="right" if column in ("layer", "before", "after") else "left")
-    for layer in plan.as_dict()["layers"]:
-        for index, group in enumerate(layer["groups"]):
-            shown = [str(layer["layer"]), "", size(layer["bytes_before"]), size(layer["bytes_after"])]
-            first = shown if index == 0 else [""] * 4
-            table.add_row(first[0], group["experts"], group["weights"], first[2], first[3], group["kernel"])
-    console.print(table)
+    table = _table("layer", "before", "after", "experts", "weights", "kernel")
+    for layer in plan.layers:
+        shown = [str(layer.layer.index), size(layer.bytes_before), size(layer.bytes_after)]
+        for group in layer.as_dict()["groups"]:
+            table.add_row(*shown, _wrapped(group["experts"].replace(",", ", "), 16), *_texts(console, group))
+            shown = [""] * len(shown)
+    _print_table(console, plan, table)
     reasons = {(n, r) for layer in plan.layers for group in layer.groups for n, r in group.against}
     for name, reason in sorted(reasons):
-        console.print(f"  not chosen: {name}: {escape(reason)}", soft_wrap=True)
+        console.print(f"  not chosen: {name}: {reason}", soft_wrap=True)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
-    lines = [
+    _print_lines(
+        console,
         ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {len(plan.sources):,} expert weights"),
         ("other weights", f"{len(plan.kept):,} tensors, {size(plan.dense_bytes)}, kept as they are"),
         ("peak", f"{size(plan.peak_bytes)} on {plan.device}, {size(plan.transient_bytes)} of it only while loading"),
-    ]
-    for name, value in lines:
-        console.print(f"{name:>14}  {escape(value)}", soft_wrap=True)
+    )
 
 
 def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
@@ -136,7 +166,7 @@ def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
         ("ratio", f"{result['perplexity_ratio']:.5f}"),
         ("top-1 agreement", f"{result['top1_agreement']:.2%}"),
     ):
-        console.print(f"{escape(name):>16}  {value}", soft_wrap=True)
+        console.print(f"{name:>16}  {value}", soft_wrap=True)
 
 
 def print_plugins(registry: Registry) -> None:
@@ -146,11 +176,12 @@ def print_plugins(registry: Registry) -> None:
         console.print("no plugin is installed; try: pip install moeplug-int8")
     for plugin in registry.plugins:
         shown = plugin.as_dict()
-        console.print(f"[bold]{plugin.name}[/bold]  {plugin.state}  {plugin.distribution} {plugin.version}")
+        described = f"  {plugin.state}  {plugin.distribution} {plugin.version}"
+        console.print(Text.assemble((plugin.name, "bold"), described), soft_wrap=True)
         lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "capabilities")]
         for name, value in [("reason", plugin.reason), *lists, ("path", str(plugin.path))]:
             if value:
-                console.print(f"  {name:12}  {escape(value)}", soft_wrap=True)
+                console.print(f"  {name:12}  {value}", soft_wrap=True)
 
 
 def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:
@@ -158,8 +189,7 @@ def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:
     console = out()
     widths = [max((len(text) for text in texts), default=0) for texts in zip(*_names(rows), strict=True)] or [0, 0]
     for (scheme, _), (name, plugin) in zip(rows, _names(rows), strict=True):
-        line = f"{name:{widths[0]}}  {plugin:{widths[1]}}  {scheme.description or ''}"
-        console.print(escape(line), soft_wrap=True)
+        console.print(f"{name:{widths[0]}}  {plugin:{widths[1]}}  {scheme.description or ''}", soft_wrap=True)
     if not rows:
         console.print("no scheme is installed; try: pip install moeplug-int8")
 
@@ -178,6 +208,8 @@ def prompts() -> Iterable[str]:
             line = input("> ") if terminal else next(sys.stdin).rstrip("\n")
         except (EOFError, StopIteration):
             return
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not {error.encoding}: {error.reason}") from error
         if line.strip():
             yield line
 
@@ -194,6 +226,43 @@ def size(count: float) -> str:
     from moeplug.pipeline.plan import gigabytes
 
     return gigabytes(count)
+
+
+def _print_table(console: Output, plan: Plan, table: Table) -> None:
+    console.print(f"{plan.checkpoint.path} under {plan.scheme.name} on {plan.device}", style="italic", soft_wrap=True)
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, needed)  # rich would cut numbers where a table is wider than the console
+    console.print(table)
+
+
+def _print_lines(console: Output, *lines: tuple[str, str | None]) -> None:
+    for name, value in lines:
+        if value is not None:
+            console.print(f"{name:>14}  {value}", soft_wrap=True)
+
+
+def _table(*headers: str) -> Table:
+    """Return a table without lines between columns: seven then fit 80 characters."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for header in headers:
+        text = header in ("experts", "weights", "kernel")
+        table.add_column(header, justify="left" if text else "right", no_wrap=True)
+    return table
+
+
+def _texts(console: Output, group: dict[str, Any]) -> tuple[str, str]:
+    """Return a group's weights and kernel, each folded to its share of the console's width."""
+    spare = console.width - DIGITS_WIDTH
+    return _wrapped(group["weights"], spare // 2), _wrapped(group["kernel"], spare - spare // 2)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def _experts(plan: Plan) -> str:
+    counts = sorted({layer.layer.num_experts for layer in plan.layers})
+    return f"{len(plan.layers)} layers of {' or '.join(map(str, counts))} experts"
 
 
 def _peak(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import helpers
 import pytest
+import torch
 
-from moeplug import RefusedError, UsageError
-from moeplug.cli import cli, main, parse_size
+from moeplug import RefusedError, terminal
+from moeplug.api import demo_checkpoint
+from moeplug.cli import cli, main
+from moeplug.registry import Plugin, Registry
 
 ROOT = Path(__file__).parent.parent
 INT8 = str(ROOT / "schemes" / "int8.yaml")
@@ -45,7 +49,7 @@ def test_load_without_a_model_loads_the_demo_and_says_so(run, tmp_path):
     assert "no MODEL was given: loading the demo checkpoint" in err
     assert "loading" in err
     assert "10.6/10.6 MB" in err  # the progress bar's last state
-    for part in ("layer", "before", "after", "worst error", "mean error", "kernel", "int8 channel", "cpu-grouped"):
+    for part in ("layer", "before", "after", "worst", "mean", "error", "kernel", "int8 channel", "cpu-grouped"):
         assert part in out
     for part in ("peak memory", "GB/s", "unquantized", "ratio", "top-1 agreement", "report", "The :mod:`json` module"):
         assert part in out
@@ -97,8 +101,6 @@ def test_generate_answers_one_prompt(run):
 
 
 def test_generate_reads_prompts_from_a_pipe(run, monkeypatch):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("Return the\n\nA list of\n"))
     code, out, _ = run("generate", "--device", "cpu", "--max-new-tokens", "4", "--json")
     assert code == 0
@@ -274,17 +276,10 @@ def test_a_signal_in_the_middle_ends_with_its_code_and_no_traceback(tiny_checkpo
     assert "Traceback" not in err
 
 
-def test_a_pipe_that_closes_early_is_no_error(tmp_path):
-    command = f"{sys.executable} -m moeplug schema scheme | head -c 10"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout == '{\n  "$sche'
-    assert done.stderr == ""
-
-
 def test_help_shows_the_exit_codes_and_every_command_has_help(run):
     code, out, _ = run("--help")
     assert code == 0
-    for number in ("0", "2", "3", "4", "5", "6", "130", "143"):
+    for number in ("0", "2", "3", "4", "5", "6", "130", "141", "143"):
         assert f"\n    {number} " in out
     for name, command in cli.commands.items():
         assert command.get_short_help_str(), name
@@ -293,15 +288,213 @@ def test_help_shows_the_exit_codes_and_every_command_has_help(run):
         assert "Usage: " in out
 
 
+# What the user asked for is found wrong before a weight is read
+
+
+@pytest.fixture
+def no_weight_is_read(monkeypatch):
+    """Any load that starts fails the test."""
+    from moeplug import api
+
+    monkeypatch.setattr(api, "execute", lambda *args, **kwargs: pytest.fail("the load started"))
+
+
+def demo_with(tmp_path, change):
+    folder = helpers.copy_of(demo_checkpoint(), tmp_path)
+    change(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "caf\udce9"], ids=["empty", "blank", "not_UTF-8"])
+@pytest.mark.parametrize("command", ["load", "generate"])
+def test_a_prompt_that_no_model_can_read_is_a_usage_error(run, no_weight_is_read, command, prompt):
+    code, out, err = run(command, "--device", "cpu", "--prompt", prompt)
+    assert (code, out) == (2, "")
+    assert "the prompt is" in err
+
+
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("20GB", 20 * 10**9), ("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kb", 2000), ("7 B", 7)],
+    ("content", "code", "message"),
+    [(None, 5, "cannot be read"), (b"\xff\xfe", 2, "byte 0 is not UTF-8"), (b"", 2, "at least 2 are needed")],
+    ids=["missing", "not_UTF-8", "too_short"],
 )
-def test_sizes_are_decimal_or_binary_by_their_unit(text, size):
-    assert parse_size(text) == size
+@pytest.mark.parametrize("command", ["load", "eval"])
+def test_a_text_that_cannot_be_measured_is_found_before_the_load(
+    run, no_weight_is_read, tmp_path, command, content, code, message
+):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    ended, out, err = run(command, "--device", "cpu", "--text", file)
+    assert (ended, out) == (code, "")
+    assert message in err
 
 
-@pytest.mark.parametrize("text", ["", "GB", "20 XB", "-", "1e400GB", "20 G B", "nan", "-5GB"])
-def test_a_size_that_is_none_is_a_usage_error(text):
-    with pytest.raises(UsageError, match="is not a size; write for example 20GB"):
-        parse_size(text)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: [file.unlink() for file in f.glob("tokenizer*")],
+        lambda f: (f / "tokenizer.json").unlink(),
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        lambda f: (f / "tokenizer.json").write_text('{"ver'),
+    ],
+    ids=["no_file_at_all", "no_tokenizer_json", "not_a_tokenizer", "cut_off"],
+)
+@pytest.mark.parametrize("command", ["load", "generate"])
+def test_a_checkpoint_without_a_tokenizer_is_found_before_the_load(run, no_weight_is_read, tmp_path, command, change):
+    model = demo_with(tmp_path, change)
+    code, out, err = run(command, model, "--device", "cpu", "--prompt", "hello")
+    assert (code, out) == (3, "")
+    assert "tokenizer" in err
+    assert str(model) in err
+
+
+@pytest.mark.parametrize("options", [["--runtime", "none"], ["--dummy"]], ids=["runtime_none", "dummy"])
+@pytest.mark.parametrize("use", [["--prompt", "hello"], ["--text", INT8]], ids=["prompt", "text"])
+def test_a_prompt_or_text_without_a_model_to_run_is_a_usage_error_for_the_demo_too(run, options, use):
+    code, out, err = run("load", *options, *use)
+    assert (code, out) == (2, "")
+    assert "--prompt and --text need a model to run" in err
+
+
+def test_the_demo_loads_without_a_runtime(run):
+    code, out, _ = run("load", "--runtime", "none", "--device", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] is None
+
+
+# Standard input and characters
+
+
+def test_a_closed_standard_input_is_a_usage_error(run, no_weight_is_read, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = run("generate", "--device", "cpu")
+    assert code == 2
+    assert "standard input is closed" in err
+
+
+def test_a_line_of_standard_input_that_is_not_text_is_a_usage_error(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    code, _, err = run("generate", "--device", "cpu")
+    assert code == 2
+    assert "standard input is not utf-8" in err
+
+
+@pytest.mark.parametrize("name", ["x[", "a[bold]x", "[b]a[/b]", "a[/b]x", ":smile:", b"caf\xe9"], ids=ascii)
+def test_a_model_path_is_shown_as_it_is(run, tiny_checkpoint, tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    folder.parent.mkdir(exist_ok=True)
+    folder.symlink_to(tiny_checkpoint("olmoe"))
+    shown = os.fsdecode(name).replace("\udce9", "\\udce9")
+    for command in (["plan"], ["load", "--runtime", "none"]):
+        code, out, _ = run(*command, folder, "--device", "cpu")
+        assert code == 0
+        assert f"{shown} under int8 on cpu" in out
+
+
+# Reports
+
+
+def unwritable_state(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+
+
+def test_a_state_folder_that_cannot_be_written_costs_the_report_alone(run, tiny_checkpoint, monkeypatch, tmp_path):
+    unwritable_state(monkeypatch, tmp_path)
+    load = ["load", tiny_checkpoint("olmoe"), "--runtime", "none", "--device", "cpu"]
+    code, out, err = run(*load)
+    assert code == 0
+    assert "int8 channel" in out
+    assert "report  not written" in out
+    assert "cannot be written: Not a directory; --report FILE" in err
+    code, out, err = run(*load, "--json")
+    assert code == 0
+    assert json.loads(out)["report"] is None
+
+
+@pytest.mark.parametrize("name", [".", "file/report.json", "pipe"])
+def test_a_report_that_cannot_be_written_is_found_before_the_load(run, no_weight_is_read, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    code, out, err = run("load", "--runtime", "none", "--device", "cpu", "--report", tmp_path / name)
+    assert (code, out) == (5, "")
+    assert "cannot be written" in err
+
+
+def test_a_report_that_fails_after_the_load_comes_after_the_result(run, tiny_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(terminal, "check_writable", lambda path: None)
+    model = tiny_checkpoint("olmoe")
+    for json_option in ([], ["--json"]):
+        code, out, err = run("load", model, "--runtime", "none", "--device", "cpu", "--report", tmp_path, *json_option)
+        assert code == 5
+        assert "cannot be written" in err
+        assert "int8 channel" in out
+        assert not json_option or json.loads(out)["report"] is None
+
+
+# Plugins and schemes
+
+
+@pytest.mark.parametrize("command", [["plan"], ["load"], ["generate"], ["eval"], ["schemes", "show", "int8"]])
+def test_a_scheme_of_a_blocked_plugin_names_the_plugin(run, command):
+    code, out, err = run(*command, "--disable", "int8")
+    assert (code, out) == (4, "")
+    assert "plugin 'int8' (moeplug-int8 0.1.0) is blocked: --disable names it. scheme 'int8' needs it" in err
+
+
+def test_a_scheme_of_a_broken_plugin_names_the_plugin(run, monkeypatch):
+    plugin = Plugin("theirs", "broken", "plugin.yaml: no", "moeplug-theirs", "1.0", None)
+    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, disable=(): Registry([plugin])))
+    code, _, err = run("plan", "--scheme", "theirs")
+    assert code == 4
+    assert "plugin 'theirs' (moeplug-theirs 1.0) is broken: plugin.yaml: no" in err
+    assert run("plan", "--scheme", "others")[0] == 2
+
+
+def test_a_bad_scheme_file_does_not_hide_the_others(run, monkeypatch, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("api: 1\nname: bad\nplugin: int8\nweights: {fromat: int8}\n")
+    files = Registry.scheme_files
+    monkeypatch.setattr(Registry, "scheme_files", lambda self: {"bad": bad} | files(self))
+    code, out, err = run("schemes")
+    assert code == 0
+    assert "int8-g128" in out
+    assert "bad" not in out
+    assert f"scheme 'bad' is not listed: {bad}:4:11" in err
+    code, out, _ = run("schemes", "list", "--json")
+    assert "int8" in {scheme["name"] for scheme in json.loads(out)}
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_exit_code_5_is_for_memory(run, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("moeplug.api.execute", fail)
+    code, _, err = run("load", "--device", "cpu", "--runtime", "none")
+    assert code == 5
+    assert "Error: out of memory: " in err
+    assert "`moeplug plan` says what a load needs" in err
+
+
+def test_a_bug_that_speaks_of_memory_is_not_called_out_of_memory(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("cannot allocate memory format; the order ran out of memory formats")
+
+    monkeypatch.setattr("moeplug.api.execute", fail)
+    monkeypatch.setattr(sys, "argv", ["moeplug", "load", "--device", "cpu", "--runtime", "none"])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(RuntimeError, match="memory formats"):
+        main()

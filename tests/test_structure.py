@@ -179,7 +179,7 @@ def test_every_hook_has_a_section_in_the_guide_and_a_test(hook):
 
 
 def implements(tree, hook):
-    """Whether a test module implements the hook: a function of its name, in code or in a plugin's text, or a mapping."""
+    """Whether a test module implements the hook: as a function, in a plugin's text, or in a mapping of functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == hook:
             return True

@@ -51,7 +51,10 @@ class LayerBuilder:
         self._accept = accept_relative_rms
         self._groups = [_GroupBuilder(group.ctx, registry) for group in plan.groups]
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
-        self._sums: dict[tuple[int, Projection], Tensor] = {}
+        self._came: set[tuple[int, Projection]] = set()
+        # (E, 3, 2): squares of the error and of the weight, on the device, so that no weight waits for the host.
+        shape = (plan.layer.num_experts, len(PROJECTIONS), 2)
+        self._squares = torch.zeros(shape, dtype=torch.float64, device=plan.groups[0].ctx.device)
 
     @torch.no_grad()
     def feed(self, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str = "memory") -> None:
@@ -63,23 +66,23 @@ class LayerBuilder:
         for expert in experts:
             if expert not in self._place:
                 raise CheckpointError(f"{origin}: layer {self._layer.index} has no expert {expert}")
-            if (expert, projection) in self._sums:
+            if (expert, projection) in self._came:
                 raise CheckpointError(f"{origin}: layer {self._layer.index}, expert {expert}: {projection} came twice")
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
-            sums = self._groups[group].feed(projection, slot, experts[start:stop], tensor[start:stop], origin)
-            for b in range(stop - start):
-                self._sums[experts[start + b], projection] = sums[b]
+            squares = self._groups[group].feed(projection, slot, experts[start:stop], tensor[start:stop], origin)
+            self._squares[list(experts[start:stop]), PROJECTIONS.index(projection)] = squares
+            self._came.update((expert, projection) for expert in experts[start:stop])
 
     @property
     def complete(self) -> bool:
         """Whether every expert weight has come."""
-        return len(self._sums) == self._layer.num_experts * len(PROJECTIONS)
+        return len(self._came) == self._layer.num_experts * len(PROJECTIONS)
 
     def finish(self, module_class: ModuleClass = QuantizedExperts) -> tuple[QuantizedExperts, LayerErrors]:
         """Return the finished module and its errors; raise if a weight is missing or `accept:` says no."""
         missing = [
-            f"expert {e}, {p}" for e in range(self._layer.num_experts) for p in PROJECTIONS if (e, p) not in self._sums
+            f"expert {e}, {p}" for e in range(self._layer.num_experts) for p in PROJECTIONS if (e, p) not in self._came
         ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -94,12 +97,12 @@ class LayerBuilder:
         return module_class(self._layer, [group.finish() for group in self._groups]), errors
 
     def _errors(self) -> LayerErrors:
-        keys = list(self._sums)
-        sums = torch.stack([self._sums[key] for key in keys]).cpu()  # the layer's only copy of errors to the host
-        relative = (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        squares = self._squares.cpu().flatten(0, 1)
+        relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         worst = int(relative.argmax())
-        expert, projection = keys[worst]
-        return LayerErrors(float(relative[worst]), float(relative.mean()), f"expert {expert}, {projection}")
+        expert, projection = divmod(worst, len(PROJECTIONS))
+        where = f"expert {expert}, {PROJECTIONS[projection]}"
+        return LayerErrors(float(relative[worst]), float(relative.mean()), where)
 
     def _runs(self, experts: Sequence[int]) -> list[tuple[int, int]]:
         """Split a batch where slots stop being neighbours, so that each run is one slice of a buffer."""

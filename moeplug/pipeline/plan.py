@@ -126,7 +126,8 @@ class Plan:
         """Return the memory needed on the device only while loading: staging and float32 scratch."""
         scratch = 3 * 4 * CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
         staged = 1 if self.device.type == "cuda" else READ_BUFFERS
-        return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes)
+        # 1 MiB: error sums, slot tables, and what allocators round up.
+        return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
 
     @property
     def peak_bytes(self) -> int:

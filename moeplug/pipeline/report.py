@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import resource
+import secrets
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,16 @@ class Report:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file by one rename, so that nothing half-written is ever seen under its name."""
+    temporary = path.parent / f".moeplug-{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(file.name).chmod(0o666 & ~umask)
-        Path(file.name).replace(path)
+        try:
+            with temporary.open("x", encoding="utf-8") as file:  # new, and 0o666 under the umask, as any file
+                file.write(text)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
 
