@@ -51,7 +51,7 @@ def demo_checkpoint() -> Path:
 
 def plan(
     model: str | Path | None = None,
-    scheme: str | Path | Scheme = "int8",
+    scheme: str | Path | Scheme | None = None,
     *,
     device: str | torch.device | None = None,
     runtime: Runtime | None = None,
@@ -82,7 +82,7 @@ def plan(
 
 def load(
     model: str | Path | None = None,
-    scheme: str | Path | Scheme = "int8",
+    scheme: str | Path | Scheme | None = None,
     *,
     device: str | torch.device | None = None,
     runtime: Runtime | None = None,
@@ -121,7 +121,7 @@ def execute(
 def quantize_experts(
     w13: Tensor,
     w2: Tensor,
-    scheme: str | Path | Scheme = "int8",
+    scheme: str | Path | Scheme | None = None,
     *,
     experts_per_token: int = 1,
     activation: str = "silu",
@@ -160,8 +160,13 @@ def _empty_model(planned: Plan) -> Any:
     return prepare_model(planned.checkpoint.path, planned.family, layers, planned.kept)
 
 
-def resolve_scheme(scheme: str | Path | Scheme, registry: Registry) -> Scheme:
-    """Return a Scheme of a Scheme, a path, or the name of an installed scheme."""
+def resolve_scheme(scheme: str | Path | Scheme | None, registry: Registry) -> Scheme:
+    """Return a Scheme of a Scheme, a path, or the name of an installed scheme. There is no default: None is refused."""
+    if scheme is None:
+        known = ", ".join(sorted(registry.scheme_files())) or "none"
+        raise UsageError(
+            f"no scheme was named: give a scheme file or the name of an installed scheme; installed: {known}"
+        )
     return scheme if isinstance(scheme, Scheme) else registry.scheme(str(scheme))
 
 

@@ -76,7 +76,7 @@ def cli() -> None:
     """Load Mixture-of-Experts checkpoints and quantize their experts while reading, under a YAML scheme.
 
     \b
-    moeplug load                                     the demo checkpoint, in int8
+    moeplug load --scheme int8                       the demo checkpoint
     moeplug plan MODEL --scheme int8                 what would happen, without reading a weight
     moeplug load MODEL --scheme schemes/int8.yaml    do it
     moeplug generate MODEL --scheme int8             and talk to it
@@ -97,7 +97,7 @@ def model_options(command: Command) -> Command:
     decorators = [
         click.argument("model", required=False, type=click.Path(path_type=Path)),
         click.option(
-            "--scheme", "-s", default="int8", show_default=True, metavar="FILE|NAME",
+            "--scheme", "-s", metavar="FILE|NAME",
             help="A scheme file (with a / or .yaml), or the name of an installed one: see `moeplug schemes`.",
         ),
         click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU."),
@@ -128,7 +128,7 @@ def model_options(command: Command) -> Command:
 )
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
 def load(
-    model: Path | None, scheme: str, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,
     report: Path | None, observe: tuple[str, ...],
 ) -> None:  # fmt: skip
@@ -174,7 +174,7 @@ def load(
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="How much to generate.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
 def generate(
-    model: Path | None, scheme: str, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, temperature: float,
 ) -> None:  # fmt: skip
     """Load MODEL and continue text: asks for prompts until Ctrl-D, or reads one per line from a pipe."""
@@ -200,7 +200,7 @@ def generate(
 @cli.command()
 @model_options
 def plan(
-    model: Path | None, scheme: str, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Say everything that `load` would do, from headers alone: layers, bytes, peak, kernels and why not others."""
@@ -222,7 +222,7 @@ def plan(
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file. Default with the demo: its own.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only the first tokens of the text.")
 def evaluate(
-    model: Path | None, scheme: str, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
 ) -> None:  # fmt: skip
     """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement."""

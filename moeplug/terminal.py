@@ -173,7 +173,7 @@ def print_plugins(registry: Registry) -> None:
     """Print a block per installed plugin: what it is, its state and the reason, what it brings, where it lies."""
     console = out()
     if not registry.plugins:
-        console.print("no plugin is installed; try: pip install moeplug-int8")
+        console.print("no plugin is installed; the official ones are distributions called moeplug-…")
     for plugin in registry.plugins:
         shown = plugin.as_dict()
         described = f"  {plugin.state}  {plugin.distribution} {plugin.version}"
@@ -191,7 +191,7 @@ def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:
     for (scheme, _), (name, plugin) in zip(rows, _names(rows), strict=True):
         console.print(f"{name:{widths[0]}}  {plugin:{widths[1]}}  {scheme.description or ''}", soft_wrap=True)
     if not rows:
-        console.print("no scheme is installed; try: pip install moeplug-int8")
+        console.print("no scheme is installed; plugins bring them: see `moeplug plugins`")
 
 
 def _names(rows: Sequence[tuple[Scheme, Path]]) -> list[tuple[str, str]]:

@@ -23,12 +23,17 @@ ROOT = Path(__file__).parent.parent
 INT8 = str(ROOT / "schemes" / "int8.yaml")
 
 
+NEED_SCHEME = ("load", "plan", "eval", "generate")
+
+
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
     """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
     def call(*arguments):
+        if arguments and arguments[0] in NEED_SCHEME and not {"-s", "--scheme", "--help"} & set(arguments):
+            arguments = (*arguments, "-s", "int8")
         monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -196,6 +201,16 @@ def test_exit_code_2_is_for_usage(run, tiny_checkpoint):
         assert "Error" in err
 
 
+@pytest.mark.parametrize("command", NEED_SCHEME)
+def test_there_is_no_default_scheme_and_the_installed_ones_are_named(capsys, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["moeplug", command, *(["--text", INT8] if command == "eval" else [])])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "no scheme was named" in (err := capsys.readouterr().err)
+    assert "installed: int8, int8-g128" in err
+
+
 def test_exit_code_2_is_for_schemes(run, tiny_checkpoint, tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("api: 1\nname: bad\nplugin: int8\nweights: {format: int9}\n")
@@ -263,7 +278,7 @@ def test_exit_code_6_is_for_budget_and_accept(run, tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_in_the_middle_ends_with_its_code_and_no_traceback(tiny_checkpoint, tmp_path, number, code):
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "moeplug", "generate", "--device", "cpu", "--max-new-tokens", "4"]
+    command = [sys.executable, "-m", "moeplug", "generate", "-s", "int8", "--device", "cpu", "--max-new-tokens", "4"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -494,7 +509,7 @@ def test_a_bug_that_speaks_of_memory_is_not_called_out_of_memory(monkeypatch):
         raise RuntimeError("cannot allocate memory format; the order ran out of memory formats")
 
     monkeypatch.setattr("moeplug.api.execute", fail)
-    monkeypatch.setattr(sys, "argv", ["moeplug", "load", "--device", "cpu", "--runtime", "none"])
+    monkeypatch.setattr(sys, "argv", ["moeplug", "load", "-s", "int8", "--device", "cpu", "--runtime", "none"])
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(RuntimeError, match="memory formats"):
         main()

@@ -167,7 +167,7 @@ def test_a_pipe_that_closes_early_ends_quietly_with_141(arguments):
 def test_ascii_output_escapes_what_it_cannot_show(tiny_checkpoint, tmp_path):
     folder = tmp_path / "café"
     folder.symlink_to(tiny_checkpoint("olmoe"))
-    command = [sys.executable, "-m", "moeplug", "plan", str(folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "moeplug", "plan", str(folder), "-s", "int8", "--device", "cpu"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
