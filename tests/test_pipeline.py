@@ -16,7 +16,7 @@ import torch
 import moeplug
 from moeplug import CheckpointError, RefusedError, Scheme, SchemeError, UsageError
 from moeplug.api import find_device
-from moeplug.pipeline.plan import gigabytes, ranges
+from moeplug.pipeline.plan import Plan, gigabytes, ranges
 
 GATE = "model.layers.0.mlp.experts.3.gate_proj.weight"
 
@@ -266,3 +266,13 @@ def test_ranges_are_written_as_schemes_write_them():
 
 def test_sizes_are_decimal():
     assert [gigabytes(n) for n in (12, 1500, 2.5e6, 20e9)] == ["12 B", "1.50 kB", "2.50 MB", "20.00 GB"]
+
+
+def test_a_dense_tensor_of_wide_numbers_larger_than_a_buffer_comes_whole(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "read_buffer_bytes", property(lambda plan: 12_294))  # an expert weight and 6 bytes
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    wide = torch.randn(64, 64, dtype=torch.float64)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update({name: wide}))
+    loaded = moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+    assert torch.equal(loaded.model.state_dict()[name], wide)

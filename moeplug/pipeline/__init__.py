@@ -130,7 +130,7 @@ class _Job:
         """Allocate the dense tensors and yield their pieces, none larger than a read buffer."""
         if not self._plan.with_dense:
             return
-        step = self._plan.read_buffer_bytes
+        step = self._plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
         for tensor in self._plan.kept:
             self.dense[tensor.name] = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
             yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moeplug import __version__
 from moeplug.errors import InputOutputError
 from moeplug.moe.experts import describe
 from moeplug.pipeline.builder import LayerErrors
@@ -111,7 +112,7 @@ def provenance(plan: Plan, registry: Registry) -> dict[str, Any]:
     """Return what made this load: versions, distributions, hashes, device."""
     used = sorted(plan.scheme.plugins())
     return {
-        "moeplug": importlib.metadata.version("moeplug"),
+        "moeplug": __version__,
         "plugins": [
             {"name": p.name, "distribution": p.distribution, "version": p.version, "path": str(p.path)}
             for p in registry.plugins
