@@ -83,8 +83,8 @@ def score_text(model: Any, ids: Tensor, progress: Progress | None = None) -> Tex
     device = next(model.parameters()).device
     window = min(WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", WINDOW_TOKENS) or WINDOW_TOKENS)
     nll, tokens, choices = 0.0, 0, []
-    for part in torch.split(ids, window):
-        if part.numel() < 2:
+    for number, part in enumerate(torch.split(ids, window)):
+        if part.numel() < 2:  # a last token alone: nothing stands before it
             continue
         logits = model(part[None].to(device), use_cache=False).logits[0, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits, part[1:].to(device), reduction="none")
@@ -92,7 +92,7 @@ def score_text(model: Any, ids: Tensor, progress: Progress | None = None) -> Tex
         tokens += losses.numel()
         choices.append(logits.argmax(-1).cpu())
         if progress is not None:
-            progress(tokens, ids.numel())
+            progress(number * window + part.numel(), ids.numel())
     if not torch.isfinite(torch.tensor(nll)):
         raise CheckpointError("the model's likelihood of this text is not finite: its weights or its kernel are wrong")
     return TextScore(nll, tokens, torch.cat(choices))
