@@ -262,11 +262,13 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
 
 
 @cli.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
 @click.pass_context
-def schemes(ctx: click.Context) -> None:
+def schemes(ctx: click.Context, as_json: bool, disable: tuple[str, ...]) -> None:
     """List installed schemes, or show one."""
     if ctx.invoked_subcommand is None:
-        ctx.invoke(schemes_list)
+        ctx.invoke(schemes_list, as_json=as_json, disable=disable)
 
 
 @schemes.command("list")
@@ -341,7 +343,7 @@ def parse_size(text: str) -> int:
         if size > 0:
             return size
     raise UsageError(
-        f"{text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30); "
+        f"--budget {text!r} is not a size; write for example 20GB (10^9 bytes) or 16GiB (2^30); "
         "units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
     )
 

@@ -178,7 +178,10 @@ class Registry:
         if named:
             raise PluginError(f"{named[0].label} is {named[0].state}: {named[0].reason}. {wanted_by} needs it")
         known = ", ".join(sorted(self.usable())) or "none"
-        raise PluginError(f"{wanted_by}: plugin '{name}' is not installed; installed: {known}")
+        raise PluginError(
+            f"{wanted_by}: plugin '{name}' is not installed; installed: {known}. "
+            "Install the distribution that brings it, or use a scheme of an installed one (`moeplug schemes`)"
+        )
 
     def activate(self, name: str, wanted_by: str) -> Plugin:
         """Import a plugin and register what it brings; on any failure nothing of it stays registered."""
@@ -310,7 +313,7 @@ def _manifest_path(value: str) -> Path:
         raise PluginError(f"package {top!r} of entry point {value!r} is not installed as a package")
     path = Path(folders[0], *inner, file)
     if not path.is_file():
-        raise PluginError(f"{path} does not exist; entry point {value!r} points at it")
+        raise PluginError(f"{path} does not exist; entry point {value!r} points at it: add it as package data")
     return path
 
 

@@ -131,6 +131,7 @@ def print_report(report: Report, prompt: str | None, generated: str | None) -> N
     )
     if generated is not None:
         console.print()
+        console.print(f"generated after {prompt!r}:")
         console.print(Text.assemble(prompt or "", (generated.rstrip(), "bold")), soft_wrap=True)
 
 
@@ -266,7 +267,7 @@ def _experts(plan: Plan) -> str:
 
 
 def _peak(report: Report) -> str:
-    host = f"{size(report.peak_host_bytes)} resident in this process"
+    host = f"{size(report.peak_host_bytes)} resident in this process, Python and torch included"
     return host if report.peak_device_bytes is None else f"{size(report.peak_device_bytes)} on the GPU, {host}"
 
 

@@ -141,6 +141,8 @@ def test_schemes_lists_and_shows(run):
     code, out, _ = run("schemes")
     assert code == 0
     assert "int8-g128" in out
+    code, out, _ = run("schemes", "--json")
+    assert json.loads(out)
     code, out, _ = run("schemes", "list", "--json")
     assert {"int8", "int8-g128"} <= {scheme["name"] for scheme in json.loads(out)}
     code, out, _ = run("schemes", "show", "int8-g128")
@@ -477,6 +479,8 @@ def test_a_bad_scheme_file_does_not_hide_the_others(run, monkeypatch, tmp_path):
     assert "int8-g128" in out
     assert "bad" not in out
     assert f"scheme 'bad' is not listed: {bad}:4:11" in err
+    code, out, _ = run("schemes", "--json")
+    assert json.loads(out)
     code, out, _ = run("schemes", "list", "--json")
     assert "int8" in {scheme["name"] for scheme in json.loads(out)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,20 +62,20 @@ def test_links_between_documents_lead_somewhere(page):
 
 def test_the_guides_smallest_plugin_works_when_it_is_put_together(tmp_path):
     guide = ROOT / "docs" / "plugin-guide.md"
-    (manifest, scheme), hooks = blocks(guide, "yaml"), blocks(guide, "python")[0]
-    package = tmp_path / "moeplug_mine"
+    (manifest, scheme, _observer), hooks = blocks(guide, "yaml"), blocks(guide, "python")[0]
+    (tmp_path / "pyproject.toml").write_text(blocks(guide, "toml")[0])
+    package = tmp_path / "src" / "moeplug_mine"
     (package / "schemes").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "plugin.yaml").write_text(manifest)
     (package / "hooks.py").write_text(hooks)
     (package / "schemes" / "mine.yaml").write_text(scheme)
-    info = tmp_path / "moeplug_mine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moeplug-mine\nVersion: 1.0\n")
-    entry_point = blocks(guide, "toml")[0].splitlines()[1].replace('"', "")
-    (info / "entry_points.txt").write_text(f"[moeplug]\n{entry_point}\n")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")  # what pip does with a wheel of pure Python
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import torch, moeplug\n"
         "experts = moeplug.quantize_experts(torch.randn(2, 64, 32), torch.randn(2, 32, 32), 'mine')\n"
         "assert 'mine channel' in repr(experts)\n"

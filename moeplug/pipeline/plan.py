@@ -178,8 +178,10 @@ def plan_model(
     plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
-            f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak; --budget allows "
-            f"{gigabytes(budget)}. Nothing was read. Use a scheme with fewer bits, or a larger budget"
+            f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak: experts "
+            f"{gigabytes(plan.expert_bytes_after)}, other weights {gigabytes(plan.dense_bytes if with_dense else 0)}, "
+            f"while loading {gigabytes(plan.transient_bytes)}; --budget allows {gigabytes(budget)}. Nothing was read. "
+            "A scheme with fewer bits makes the experts smaller; the rest needs a larger budget"
         )
     return plan
 

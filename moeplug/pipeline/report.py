@@ -10,6 +10,7 @@ import resource
 import secrets
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def provenance(plan: Plan, registry: Registry) -> dict[str, Any]:
     used = sorted(plan.scheme.plugins())
     return {
         "moeplug": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plugins": [
             {"name": p.name, "distribution": p.distribution, "version": p.version, "path": str(p.path)}
             for p in registry.plugins
@@ -120,7 +122,7 @@ def provenance(plan: Plan, registry: Registry) -> dict[str, Any]:
         ],
         "scheme": {
             "name": plan.scheme.name,
-            "path": None if plan.scheme.source is None else str(plan.scheme.source),
+            "path": None if plan.scheme.source is None else str(plan.scheme.source.absolute()),
             "sha256": plan.scheme.sha256,
         },
         "checkpoint": {"path": str(plan.checkpoint.path), "sha256_of_headers": plan.checkpoint.fingerprint()},
@@ -128,6 +130,7 @@ def provenance(plan: Plan, registry: Registry) -> dict[str, Any]:
         "device": device_name(plan.device),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
     }
 
