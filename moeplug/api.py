@@ -113,7 +113,7 @@ def execute(
         return Loaded(result.layers, None, result.report)
     from moeplug.integrations.transformers import TransformersExperts, finish_model
 
-    empty = _empty_model(planned)
+    empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
     result = run(planned, registry, progress, TransformersExperts)
     return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
 

@@ -139,21 +139,26 @@ def test_loading_on_a_cpu_needs_little_more_than_what_stays(tmp_path, scheme):
 
 
 def test_loads_that_overlap_give_the_process_its_threads_back(tiny_checkpoint):
-    threads = torch.get_num_threads()
+    model, threads = tiny_checkpoint("olmoe"), torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        started = threading.Barrier(2)
+    started, errors = threading.Barrier(2, timeout=60), []
 
-        def load():
-            first = iter([started.wait])
+    def load():
+        first = iter([started.wait])
+        try:
             progress = lambda done, total: next(first, lambda: None)()  # noqa: E731
-            moeplug.load(tiny_checkpoint("olmoe"), "int8", device="cpu", progress=progress)
+            moeplug.load(model, "int8", device="cpu", progress=progress)
+        except BaseException as error:
+            started.abort()
+            errors.append(error)
 
+    try:
         workers = [threading.Thread(target=load) for _ in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join()
+            worker.join(timeout=120)
+        assert errors == []
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

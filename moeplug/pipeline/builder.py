@@ -52,7 +52,7 @@ class LayerBuilder:
         self._groups = [_GroupBuilder(group.ctx, registry) for group in plan.groups]
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
         self._came: set[tuple[int, Projection]] = set()
-        # (E, 3, 2): squares of the error and of the weight, on the device, so that no weight waits for the host.
+        # (E, 3, 2): squares of the error and of the weight, kept on the device until the layer is finished.
         shape = (plan.layer.num_experts, len(PROJECTIONS), 2)
         self._squares = torch.zeros(shape, dtype=torch.float64, device=plan.groups[0].ctx.device)
 
@@ -71,8 +71,9 @@ class LayerBuilder:
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
             squares = self._groups[group].feed(projection, slot, experts[start:stop], tensor[start:stop], origin)
-            self._squares[list(experts[start:stop]), PROJECTIONS.index(projection)] = squares
-            self._came.update((expert, projection) for expert in experts[start:stop])
+            for expert, sums in zip(experts[start:stop], squares, strict=True):
+                self._squares[expert, PROJECTIONS.index(projection)] = sums
+                self._came.add((expert, projection))
 
     @property
     def complete(self) -> bool:
