@@ -11,18 +11,128 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kernel_cases import CASES, CHANNEL, Case, StoredExperts, compare, grouped, inputs_of, request_of, run_case
+from kernel_cases import (
+    ALL_CASES,
+    CASES,
+    CHANNEL,
+    Case,
+    StoredExperts,
+    compare,
+    grouped,
+    inputs_of,
+    request_of,
+    run_case,
+)
 
 from moeplug.errors import PluginError, UsageError
-from moeplug.kernels import cpu
+from moeplug.kernels import cpu, cpu_products
 from moeplug.kernels.cpu import CpuKernel
+from moeplug.kernels.operands import operand
 from moeplug.moe.reference import experts_reference
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_the_cpu_kernel_gives_the_references_numbers_twice(name):
+    result = run_case(ALL_CASES[name], CpuKernel())
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_one_after_another_give_the_numbers_of_pairs_together(name, monkeypatch):
+    monkeypatch.setattr(cpu_products, "MOST_GATHERED", -1)
     result = run_case(CASES[name], CpuKernel())
     assert result.ok, result
+
+
+# The tolerance of each way. Products rounded to bfloat16 move gate, up, and with them the rounding of the intermediate:
+# half a unit more each, which for large weights averages out (see `cpu_products`) and for these small ones does not.
+WAYS = {"packed": 2.0, "digits": 1.0, "bfloat16": 2.0, "float32": 1.0}
+
+
+def only(way, monkeypatch):
+    """Let products go one way wherever it serves at all."""
+    for name in ("LEAST_ROUNDED", "LEAST_DIGITS"):
+        monkeypatch.setattr(cpu_products, name, 0)
+    monkeypatch.setattr(cpu_products, "MOST_GATHERED", -1)
+    monkeypatch.setattr(cpu_products, "PACKED_TOKENS", 1000)
+    for name, ways in (
+        ("has_packed_product", ("packed",)),
+        ("has_integer_product", ("digits",)),
+        ("has_bfloat16_product", ("bfloat16",)),
+    ):
+        monkeypatch.setattr(cpu_products, name, lambda served=way in ways: served)
+
+
+@pytest.mark.parametrize("ids", ["distinct", "hostile"])
+@pytest.mark.parametrize("M", [1, 9, 140])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_multiply_gives_the_references_numbers(way, M, ids, monkeypatch):
+    if way == "packed" and not cpu_products.has_packed_product():
+        pytest.skip("torch has no vectorized torch._weight_int8pack_mm for this CPU")
+    only(way, monkeypatch)
+    for scale_dtype in ("float32", "bfloat16"):
+        spec = CHANNEL.model_copy(update={"scale_dtype": scale_dtype})
+        case = Case(way, M=M, T=3, E=5, H=192, I=128, gate_up=spec, down=spec, dtype="bfloat16", ids=ids)
+        request = request_of(case)
+        experts = StoredExperts(CpuKernel(), request, case.E)
+        gate_up = cpu_products.Product(operand(request, "w13", experts.weights, experts.scales), may_round=True)
+        assert gate_up.way(torch.bfloat16, M) == way
+        result = run_case(case, CpuKernel(), slack=WAYS[way])
+        assert result.ok, result
+
+
+def test_digits_are_good_enough_for_float16(monkeypatch):
+    only("digits", monkeypatch)
+    assert run_case(Case("float16", M=9, H=192, I=128, dtype="float16"), CpuKernel()).ok
+
+
+def test_a_second_product_is_never_rounded(monkeypatch):
+    only("packed", monkeypatch)
+    request = request_of(Case("down", H=192, I=128))
+    experts = StoredExperts(CpuKernel(), request, 3)
+    down = cpu_products.Product(operand(request, "w2", experts.weights, experts.scales), may_round=False)
+    assert down.way(torch.bfloat16, 1) == "float32"
+
+
+@pytest.mark.parametrize("offset", [1, 16, 64])
+def test_only_aligned_rows_take_the_packed_product(offset, monkeypatch):
+    only("packed", monkeypatch)
+    monkeypatch.setattr(cpu_products, "has_packed_product", lambda: True)
+    request = request_of(Case("aligned", H=192, I=128))
+    experts = StoredExperts(CpuKernel(), request, 3)
+    w13 = experts.weights["w13"]
+    memory = torch.zeros(w13.numel() + 128, dtype=torch.int8)
+    start = -memory.data_ptr() % 64 + offset
+    moved = memory[start : start + w13.numel()].view(w13.shape).copy_(w13)
+    bound = cpu_products.Product(operand(request, "w13", {"w13": moved}, experts.scales), may_round=True)
+    assert bound.packed == (offset == 64)
+
+
+def test_digits_and_unit_give_back_numbers_near_a_rows_largest_exactly():
+    x = torch.randn(50, 64).bfloat16()
+    x[0], x[1, 0], x[2, 3] = 0, torch.finfo(torch.bfloat16).max, torch.inf
+    digits, unit = cpu_products.split_into_digits(x)
+    back = unit * (128 * digits[:, 0].float() + digits[:, 1])
+    assert back[2].isnan().all()
+    x, back = x.float()[[0, 1, *range(3, 50)]], back[[0, 1, *range(3, 50)]]
+    largest = x.abs().amax(1, keepdim=True)
+    near = x.abs() >= largest / 64
+    assert torch.equal(back[near], x[near])
+    assert ((back - x).abs() <= largest * 2.0**-14).all()
+
+
+def test_a_pair_without_expert_adds_nothing_even_with_a_weight_of_nan():
+    case = Case("nobody", M=5, T=2)
+    request = request_of(case)
+    experts = StoredExperts(CpuKernel(), request, case.E)
+    hidden, topk_weights, topk_ids = inputs_of(case)
+    topk_ids[:, 1] = -1
+    topk_weights[:, 1] = torch.nan
+    forward = CpuKernel().bind(request, experts.weights, experts.scales)
+    alone = forward(hidden, topk_weights[:, :1], topk_ids[:, :1])
+    for m in (slice(None), slice(1)):  # one token has a way of its own
+        out = forward(hidden[m], topk_weights[m], topk_ids[m])
+        assert compare(out, alone[m].float(), hidden.dtype, repeats=True).ok
 
 
 @pytest.mark.parametrize("size", [2, 8, 10])
@@ -32,7 +142,7 @@ def test_groups_too_small_for_a_tensor_core_run_on_a_cpu(size):
 
 
 def test_weights_decoded_in_many_chunks_and_tokens_run_in_parts_give_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(cpu_products, "CHUNK_BYTES", {torch.bfloat16: 512, torch.float32: 1024})
     monkeypatch.setattr(cpu, "CONTRIBUTION_BYTES", 1)
     monkeypatch.setattr(cpu, "LEAST_TOKENS_PER_PART", 4)
     case = Case("in-parts", M=11, H=40, I=24, gate_up=grouped(20, False), ids="hostile", strided=True)
@@ -124,6 +234,26 @@ def test_a_wrong_buffer_is_named_at_set_up(name):
         holder[buffer] = change(tensor)
     with pytest.raises(PluginError, match=message):
         CpuKernel().bind(request, weights, scales)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "message"),
+    [
+        ("nvfp4-bfloat16", "w13_global_scale", "left no 'w13_global_scale'"),
+        ("fp8-block-32x48", "w2_scale", r"w2_scale is \(3, 2, 3\).*expected \(3, 3, 3\)"),
+        ("epilogue-bias", "w13_bias", r"w13_bias is \(3, 73\).*expected \(3, 74\)"),
+    ],
+)
+def test_a_wrong_scale_or_bias_is_named_at_set_up(name, buffer, message):
+    case = ALL_CASES[name]
+    request = request_of(case)
+    experts = StoredExperts(CpuKernel(), request, case.E, bias=case.bias)
+    given = {**experts.weights, **experts.scales}
+    tensor = given.pop(buffer)
+    if "left no" not in message:
+        given[buffer] = tensor[:, 1:]
+    with pytest.raises(PluginError, match=message):
+        CpuKernel().bind(request, given, given)
 
 
 def test_a_missing_zero_point_is_named_at_set_up():
