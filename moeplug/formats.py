@@ -22,7 +22,10 @@ class NumberFormat(ABC):
     bits                bits per weight, scales apart
     max_value           largest magnitude of the symmetric range; a symmetric scale is amax / max_value
     asymmetric_range    (lowest, highest) with zero points; None where the format has none
-    values_per_element  weights packed into one stored element along K
+    values_per_element  weights packed into one stored element along K: 1, or 2 in the nibbles of a torch.uint8
+    native              the tensor-core type that stored elements are, such as torch.int8 or torch.float8_e4m3fn; None
+                        where no tensor core takes them as they lie
+    exact_in            types that hold every decoded value exactly
     compressed_tensors  {"num_bits": ..., "type": ...}: what compressed-tensors calls it; None where it cannot say it
     """
 
@@ -32,29 +35,42 @@ class NumberFormat(ABC):
     max_value: float
     asymmetric_range: tuple[float, float] | None = None
     values_per_element: int = 1
+    native: torch.dtype | None = None
+    exact_in: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     scaled: bool = True
     compressed_tensors: Mapping[str, object] | None = None
+
+    @property
+    def values_per_word(self) -> int:
+        """Return how many stored values 16 bits hold: 4 nibbles, 2 bytes; 0 where one value has more."""
+        return 2 * self.values_per_element // self.storage_dtype.itemsize
 
     @abstractmethod
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         """Write scaled (..., K) float32, already divided by its scale and clamped to the range, into out.
 
-        out: (..., K / values_per_element) of storage_dtype, maybe a strided view. `scaled` may be overwritten.
-        Rounding is to nearest, ties to even.
+        out: (..., K / values_per_element) of storage_dtype, maybe a strided view, as `scaled` may be, which may be
+        overwritten. Rounding is to nearest, ties to even. Where two values share a byte they are neighbours: value 2j
+        in the low nibble of byte j, value 2j + 1 in the high one; where a layout orders values otherwise, the core
+        permutes them before (`moeplug.quantization.encode`).
         """
 
     @abstractmethod
     def decode(self, stored: Tensor, out: Tensor) -> None:
-        """Write the values of stored (..., K / values_per_element) into out (..., K) float32.
+        """Write the values of stored (..., K / values_per_element) into out (..., K) float32, neighbours as in encode.
 
-        Scale and zero point are not applied: the core does that. `stored` may be a strided view.
+        Scale and zero point are not applied: the core does that. Both tensors may be strided views.
         """
 
     def triton_decode(self) -> Any:
         """Return the `@triton.jit` function that decodes a tile, or None: the format has no Triton path.
 
-        Signature: decode(tile) -> values of a tile of stored elements, in any type that converts exactly to float32
-        and to 16-bit floats. The core applies zero point and scale.
+        Signature: decode(words, DTYPE: tl.constexpr) -> tuple of tiles. words is a tile of 16 bits each, uint16, that
+        hold 2 bytes or 4 nibbles of stored values, lowest bits first; the tuple has one tile of the same shape for each
+        place in a word. DTYPE is the triton type that will be multiplied; values may be of any type that converts to
+        it exactly, the core casts them. Where rows are no whole words, the core gives single bytes as words and takes
+        the first tile. It applies zero point and scale itself. `moeplug.kernels` has decode_int8, decode_int4,
+        decode_uint4, decode_e4m3, decode_e2m1 and decode_nf4.
         """
         return None
 
@@ -63,7 +79,7 @@ class NumberFormat(ABC):
 
 
 class Unquantized(NumberFormat):
-    """Weights kept as the checkpoint has them: what `weights: null` means."""
+    """Weights kept as the checkpoint has them: what `weights: null` means. No kernel decodes them."""
 
     scaled = False
     max_value = float("inf")
@@ -78,8 +94,3 @@ class Unquantized(NumberFormat):
 
     def decode(self, stored: Tensor, out: Tensor) -> None:
         out.copy_(stored)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels._fused_moe import decode_identity
-
-        return decode_identity

@@ -61,8 +61,8 @@ class StageContext:
 
     @property
     def layout(self) -> Layout:
-        """Where rows lie in w13 and w2: the planned kernel's layout, fixed before any byte is written."""
-        return self.kernel.layout
+        """The planned kernel's: where rows lie in w13 and w2, and values along K. Fixed before any byte."""
+        return self.kernel.layout_for(self.request)
 
     @property
     def device(self) -> str:
@@ -136,7 +136,9 @@ def moeplug_quantize(
 
     When: right after stage 2, for the same batch.
     Given: tensor (B, N, K) from stage 2; out (B, N, K / values_per_element) of the format's storage dtype: a view
-    into w13 or w2 that is already in the kernel's layout, maybe strided, holding arbitrary bytes.
+    into w13 or w2 whose rows are already in the kernel's layout, maybe strided, holding arbitrary bytes. Values along K
+    lie as ctx.layout.words(projection) says: give that to `moeplug.quantization.encode`, or to
+    `moeplug.quantization.quantize`, and they come to lie right.
     Return: Scales(scale=(B, R, C), zero_point=None or the same shape); R and C as `moeplug.quantization.scale_shape`
     gives them, scale already rounded to the spec's scale_dtype, because encoding with one number and storing another
     costs accuracy. Scales() where the spec is None.
@@ -145,7 +147,7 @@ def moeplug_quantize(
         @moeplug.hookimpl
         def moeplug_quantize(ctx, projection, experts, tensor, out):
             scales = search_scales(tensor, ctx.spec(projection))
-            out.copy_(torch.round(tensor / scales.scale))
+            encode(tensor / scales.scale, ctx.format(projection), out, ctx.layout.words(projection))
             return scales
     """
 
@@ -158,6 +160,8 @@ def moeplug_create_scales(ctx: StageContext, scales: Mapping[Projection, Scales]
     Given: scales: for gate, up and down the Scales of all E experts in slot order, scale (E, R, C).
     Return: {"w13_scale": (E, 2I, C), "w2_scale": (E, H, C)}, and "w13_zero_point", "w2_zero_point" of the same shape
     when asymmetric; C is 1 for strategy tensor and channel, K / group_size for group. Rows in ctx.layout's order.
+    Blocks of several rows: {"w13_scale": (E, 2R, C), "w2_scale": (E, R, C)}, gate's rows first, in every layout.
+    "w13_global_scale": (E, 2I) and "w2_global_scale": (E, H) float32 beside scale_dtype float8_e4m3fn.
     Keys of unquantized projections are left out. Gate and up are laid beside each other, never merged.
     None: the core does just that.
 

@@ -6,6 +6,7 @@ whatever the weight's size, and CPU and GPU give the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -15,59 +16,86 @@ from torch import Tensor
 
 from moeplug.errors import SchemeError
 from moeplug.formats import NumberFormat
+from moeplug.moe.layout import in_words
 from moeplug.scratch import scratch
 from moeplug.spec import WeightSpec
 
 # Elements of float32 scratch per chunk: 2 MiB on CPU (near the cache), 8 MiB on a GPU (fewer launches).
 CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 21}
-STRATEGIES: Final = ("tensor", "channel", "group")
+E8M0: Final = "float8_e8m0fnu"  # stored as bytes: torch compares, prints and saves torch.uint8 everywhere
+E4M3: Final = "float8_e4m3fn"
+LARGEST_E4M3: Final = 448.0
+SMALLEST_E4M3: Final = 2.0**-9
 
 
 @dataclass(frozen=True)
 class Scales:
     """The scales of some expert weights (B, N, K), already rounded to their stored type; None: the format has none.
 
-    scale: (B, R, C) of the spec's scale_dtype, R and C as `scale_shape` says. zero_point: the same shape, in the
-    format's storage type, or None when symmetric.
+    scale: (B, R, C) of `scale_dtype(spec)`, R and C as `scale_shape` says. zero_point: the same shape, of
+    `zero_point_dtype`, or None when symmetric. global_scale: (B, 1, 1) float32, which multiplies `scale`, with
+    scale_dtype float8_e4m3fn only. block: the spec's block_structure, with strategy block only.
     """
 
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+    block: tuple[int, int] | None = None
 
     def of_rows(self, b: int, rows: slice) -> Scales:
-        """Return the scales that rows of expert weight b use."""
+        """Return the scales that rows of expert weight b use. rows: (start, stop), start a multiple of a block's."""
+        R = self.block[0] if self.block else 1
+        of_scale = slice(rows.start // R, -(-rows.stop // R))
 
         def part(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[b : b + 1, rows if t.shape[1] > 1 else slice(None)]
+            return None if t is None else t[b : b + 1, of_scale if t.shape[1] > 1 else slice(None)]
 
-        return Scales(part(self.scale), part(self.zero_point))
+        return Scales(part(self.scale), part(self.zero_point), part(self.global_scale), self.block)
+
+    def values(self, N: int) -> Tensor:
+        """Return (B, N or 1, C) float32: what each row's weights are multiplied by."""
+        assert self.scale is not None
+        values = scale_values(self.scale)
+        if self.global_scale is not None:
+            values = values * self.global_scale
+        return values.repeat_interleave(self.block[0], 1)[:, :N] if self.block else values
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """Return stored scales as float32; torch.uint8 holds exponents, byte e means 2**(e - 127)."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
 def scale_shape(spec: WeightSpec, N: int, K: int) -> tuple[int, int]:
     """Return (R, C): how many scales one expert weight (N, K) has along N and along K."""
-    return (1 if spec.strategy == "tensor" else N), (K // spec.group_size if spec.group_size else 1)
+    R = 1 if spec.strategy == "tensor" else -(-N // spec.scale_rows)
+    return R, -(-K // max(spec.columns(K), 1))
 
 
 def bytes_of_weight(spec: WeightSpec | None, fmt: NumberFormat, N: int, K: int) -> int:
-    """Return the bytes of one stored expert weight (N, K), scales and zero points included, one a row or more."""
+    """Return the bytes of one stored expert weight (N, K) with its scales and zero points, as kernels hold them."""
     stored = N * (K // fmt.values_per_element) * fmt.storage_dtype.itemsize
     if spec is None:
         return stored
-    C = scale_shape(spec, N, K)[1]
-    zero_point = 0 if spec.symmetric else fmt.storage_dtype.itemsize
-    return stored + N * C * (scale_dtype(spec).itemsize + zero_point)
+    R, C = -(-N // spec.scale_rows), scale_shape(spec, N, K)[1]  # a tensor scale fills all its rows
+    zero_point = 0 if spec.symmetric else zero_point_dtype(fmt).itemsize
+    global_scale = 4 * N if spec.scale_dtype == E4M3 else 0
+    return stored + R * C * (scale_dtype(spec).itemsize + zero_point) + global_scale
 
 
 def scale_dtype(spec: WeightSpec) -> torch.dtype:
-    """Return the torch dtype that a spec's scales are stored in."""
-    dtype: torch.dtype = getattr(torch, spec.scale_dtype)
+    """Return the torch dtype that a spec's scales are stored in; torch.uint8, exponents, for float8_e8m0fnu."""
+    dtype: torch.dtype = torch.uint8 if spec.scale_dtype == E8M0 else getattr(torch, spec.scale_dtype)
     return dtype
+
+
+def zero_point_dtype(fmt: NumberFormat) -> torch.dtype:
+    """Return the byte that holds a format's zero points: they lie in its asymmetric_range."""
+    return torch.int8 if fmt.asymmetric_range is not None and fmt.asymmetric_range[0] < 0 else torch.uint8
 
 
 def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
     """Raise SchemeError where a spec asks what its format, or a weight of (N, K), cannot give."""
-    if spec.strategy not in STRATEGIES:
-        raise SchemeError(f"strategy: {spec.strategy} is not one that the core quantizes: {', '.join(STRATEGIES)}")
     if not spec.symmetric and (fmt.asymmetric_range is None or spec.strategy == "tensor"):
         raise SchemeError(f"format {fmt.name}, strategy {spec.strategy}: no zero points; use symmetric: true")
     if spec.group_size and K % spec.group_size:
@@ -78,55 +106,125 @@ def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
         raise SchemeError(f"K={K}: format {fmt.name} packs {fmt.values_per_element} values into one element")
 
 
-def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> Scales:
+def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool = False) -> Scales:
     """Write weight's stored values into out and return their scales, final, as the kernel will read them.
 
     weight: (B, N, K) float. out: (B, N, K / values_per_element) of fmt.storage_dtype, maybe a strided view.
+    words: the layout's, for this projection: in which order values lie along K.
     Raises SchemeError if the spec does not fit the format or the shape, or a scale does not fit scale_dtype.
     """
-    B, N, K = weight.shape
-    check_spec(spec, fmt, N, K)
-    R, C = scale_shape(spec, N, K)
-    scale = torch.empty(B, R, C, dtype=scale_dtype(spec), device=weight.device)
-    zero_point = None if spec.symmetric else torch.empty(B, R, C, dtype=fmt.storage_dtype, device=weight.device)
-    scales = Scales(scale, zero_point)
+    check_spec(spec, fmt, *weight.shape[1:])
+    scales = _empty_scales(weight, spec, fmt)
+    assert scales.scale is not None
+    if scales.global_scale is not None:
+        scales.global_scale.copy_(_global_scale(_tensor_amax(weight), fmt))
     if spec.strategy == "tensor":
-        scale.copy_(_rounded(_divided(_tensor_amax(weight), fmt.max_value), spec))
-    for b, rows in row_chunks(weight):
-        part = scales.of_rows(b, rows)
-        grouped = weight[b : b + 1, rows].reshape(1, -1, C, K // C)
+        scales.scale.copy_(_final(_tensor_amax(weight), spec, fmt, scales.global_scale))
+    for b, rows in row_chunks(weight, spec.scale_rows):
+        of_rows, part = scales.of_rows(b, rows), weight[b : b + 1, rows]
         if spec.strategy != "tensor":
-            _write_scales(grouped, spec, fmt, part)
-        _encode(grouped, spec, fmt, part, out[b : b + 1, rows])
+            _write_scales(part, spec, fmt, of_rows)
+        _encode(part, spec, fmt, of_rows, out[b : b + 1, rows], words)
     return scales
 
 
-def dequantize(stored: Tensor, scales: Scales, fmt: NumberFormat, out: Tensor | None = None) -> Tensor:
+def dequantize(
+    stored: Tensor, scales: Scales, fmt: NumberFormat, out: Tensor | None = None, words: bool = False
+) -> Tensor:
     """Return (B, N, K) float32 of stored values: (decode(stored) - zero_point) * scale. out: where to write it."""
     B, N, packed = stored.shape
-    shape = (B, N, packed * fmt.values_per_element)
-    weight = torch.empty(shape, dtype=torch.float32, device=stored.device) if out is None else out
-    fmt.decode(stored, weight)
+    K = packed * fmt.values_per_element
+    weight = torch.empty((B, N, K), dtype=torch.float32, device=stored.device) if out is None else out
+    decode(stored, fmt, weight, words)
     if scales.scale is None:
         return weight
-    grouped = weight.view(*weight.shape[:2], scales.scale.shape[2], -1)
-    if scales.zero_point is not None:
-        grouped -= scales.zero_point.float().unsqueeze(-1)
-    grouped *= scales.scale.float().unsqueeze(-1)
+    of_groups = scales.values(N)
+    for part, columns in groups(weight, scales.block[1] if scales.block else K // scales.scale.shape[2]):
+        if scales.zero_point is not None:
+            part -= scales.zero_point[..., columns, None].float()
+        part *= of_groups[..., columns, None]
     return weight
 
 
-def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat) -> Tensor:
+def encode(values: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) -> None:
+    """Write values (B, N, K) float32, scaled and clamped to the range, into out; they may be overwritten.
+
+    out, words: as in `quantize`.
+    """
+    if not words:
+        fmt.encode(values, out)
+        return
+    for b, rows in row_chunks(values):
+        natural = in_words(values[b : b + 1, rows], fmt.values_per_word)
+        ordered = scratch("ordered", natural.shape, values.device).copy_(natural)
+        fmt.encode(ordered.flatten(2), out[b : b + 1, rows])
+
+
+def decode(stored: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) -> None:
+    """Write what `encode` stored into out (B, N, K) float32: neither scales nor zero points are applied."""
+    if not words:
+        fmt.decode(stored, out)
+        return
+    for b, rows in row_chunks(out):
+        natural = in_words(out[b : b + 1, rows], fmt.values_per_word)
+        ordered = scratch("ordered", natural.shape, out.device)
+        fmt.decode(stored[b : b + 1, rows], ordered.flatten(2))
+        natural.copy_(ordered)
+
+
+def reordered(stored: Tensor, fmt: NumberFormat, source: bool, target: bool) -> Tensor:
+    """Return stored values (B, N, K / values_per_element) in another order along K: words is source, becomes target."""
+    if source == target:
+        return stored
+    result = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    for b, rows in row_chunks(stored):
+        codes = _codes(stored[b, rows].view(torch.uint8), fmt)
+        ordered = scratch("reordered codes", codes.shape, codes.device, torch.uint8)
+        if target:
+            natural = in_words(codes, fmt.values_per_word)
+            ordered.view(natural.shape).copy_(natural)
+        else:
+            natural = in_words(ordered, fmt.values_per_word)
+            natural.copy_(codes.view(natural.shape))
+        _pack(ordered, fmt, result[b, rows].view(torch.uint8))
+    return result
+
+
+def _codes(stored: Tensor, fmt: NumberFormat) -> Tensor:
+    """Return (n, K) uint8, a code for each value of stored (n, K / values_per_element) uint8, contiguous."""
+    if fmt.values_per_element == 1:
+        return stored.contiguous()
+    codes = scratch("codes", (stored.shape[0], 2 * stored.shape[1]), stored.device, torch.uint8)
+    torch.bitwise_and(stored, 15, out=codes[:, 0::2])
+    torch.bitwise_right_shift(stored, 4, out=codes[:, 1::2])
+    return codes
+
+
+def _pack(codes: Tensor, fmt: NumberFormat, out: Tensor) -> None:
+    """Write codes (n, K) uint8 into out (n, K / values_per_element) uint8: the inverse of `_codes`."""
+    out.copy_(codes if fmt.values_per_element == 1 else codes[:, 0::2] | codes[:, 1::2] << 4)
+
+
+def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat, words: bool = False) -> Tensor:
     """Return (B, 2) float64: per expert weight the sum of (weight - decoded)**2 and of weight**2."""
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)
-    for b, rows in row_chunks(weight):
+    for b, rows in row_chunks(weight, scales.block[0] if scales.block else 1):
         part = weight[b : b + 1, rows]
         exact = scratch("exact", part.shape, part.device).copy_(part)
         decoded = scratch("decoded", part.shape, part.device)
-        dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt, decoded)
+        dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt, decoded, words)
         sums[b, 0] += _sum_of_squares(decoded.sub_(exact))
         sums[b, 1] += _sum_of_squares(exact)
     return sums
+
+
+def groups(values: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
+    """Yield views (..., c, G) of values (..., K), each with its c columns of scales: whole groups, then the rest."""
+    whole, rest = divmod(values.shape[-1], group_size)
+    if whole:
+        yield values[..., : whole * group_size].view(*values.shape[:-1], whole, group_size), slice(0, whole)
+    if rest:
+        yield values[..., whole * group_size :].unsqueeze(-2), slice(whole, whole + 1)
 
 
 def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
@@ -149,10 +247,14 @@ def is_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(absolute_maximum(part, -1))) for part in parts)
 
 
-def row_chunks(weight: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (b, rows) over (B, N, K) so that float32 scratch of a chunk stays within CHUNK_ELEMENTS."""
+def row_chunks(weight: Tensor, multiple: int = 1) -> Iterator[tuple[int, slice]]:
+    """Yield (b, rows) over (B, N, K) so that float32 scratch of a chunk stays within CHUNK_ELEMENTS.
+
+    multiple: chunks begin at multiples of it, and hold that many rows at least.
+    """
     B, N, K = weight.shape
-    step = max(1, CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1))
+    rows = CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1)
+    step = max(1, rows // multiple) * multiple
     for b in range(B):
         yield from ((b, slice(n, min(n + step, N))) for n in range(0, N, step))
 
@@ -175,32 +277,81 @@ def _tensor_amax(weight: Tensor) -> Tensor:
     return amax
 
 
-def _write_scales(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Scales) -> None:
-    """Write the scales, and the zero points, of grouped (1, n, C, G) into `into`, whose tensors are (1, n, C)."""
+def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales:
+    B, N, K = weight.shape
+    shape, device = (B, *scale_shape(spec, N, K)), weight.device
+    return Scales(
+        torch.empty(shape, dtype=scale_dtype(spec), device=device),
+        None if spec.symmetric else torch.empty(shape, dtype=zero_point_dtype(fmt), device=device),
+        torch.empty(B, 1, 1, dtype=torch.float32, device=device) if spec.scale_dtype == E4M3 else None,
+        spec.block_structure,
+    )
+
+
+def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Scales) -> None:
+    """Write the scales, and the zero points, of weight (1, n, K) into `into`, whose tensors are (1, R, C)."""
     assert into.scale is not None
     if into.zero_point is None:
-        into.scale.copy_(_rounded(_divided(absolute_maximum(grouped, -1), fmt.max_value), spec))
+        into.scale.copy_(_final(_amax(weight, spec), spec, fmt, into.global_scale))
         return
     assert fmt.asymmetric_range is not None
     low, high = fmt.asymmetric_range
-    smallest, largest = grouped.aminmax(dim=-1)
+    smallest, largest = weight.view(*weight.shape[:2], -1, spec.columns(weight.shape[2])).aminmax(dim=-1)
     smallest, largest = smallest.float().clamp_(max=0), largest.float().clamp_(min=0)
     # Both halved first: the span of two extreme values would overflow float32.
     into.scale.copy_(_rounded(_divided(largest / 2 - smallest / 2, (high - low) / 2), spec))
     into.zero_point.copy_((low - smallest / into.scale.float()).round_().clamp_(low, high))
 
 
-def _encode(grouped: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor) -> None:
-    """Write the stored values of grouped (1, n, C, G) into out (1, n, K / values_per_element)."""
-    assert scales.scale is not None
-    scaled = scratch("scaled", grouped.shape, grouped.device).copy_(grouped)
-    scaled /= scales.scale.float().unsqueeze(-1)  # a reciprocal gives other bytes for 0.04 % of int8 values
+def _amax(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """Return (1, R, C) float32, the absolute maximum of each group or block of weight (1, n, K)."""
+    parts = [absolute_maximum(part, -1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
+    amax, R = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), spec.scale_rows
+    if R == 1:
+        return amax
+    padded = torch.nn.functional.pad(amax, (0, 0, 0, -amax.shape[1] % R))  # rows of zeros change no maximum
+    return padded.view(1, -1, R, amax.shape[2]).amax(2)
+
+
+def _encode(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor, words: bool) -> None:
+    """Write the stored values of weight (1, n, K) into out (1, n, K / values_per_element)."""
+    scaled = scratch("scaled", weight.shape, weight.device).copy_(weight)
+    of_groups = scales.values(weight.shape[1])
     low, high = -fmt.max_value, fmt.max_value
     if scales.zero_point is not None:
         assert fmt.asymmetric_range is not None
         low, high = fmt.asymmetric_range
-        scaled += scales.zero_point.float().unsqueeze(-1)
-    fmt.encode(scaled.clamp_(low, high).flatten(2), out)
+    for part, columns in groups(scaled, spec.columns(weight.shape[2])):
+        part /= of_groups[..., columns, None]  # a reciprocal gives other bytes for 0.04 % of int8 values
+        if scales.zero_point is not None:
+            part += scales.zero_point[..., columns, None].float()
+    encode(scaled.clamp_(low, high), fmt, out, words)
+
+
+def _final(amax: Tensor, spec: WeightSpec, fmt: NumberFormat, global_scale: Tensor | None) -> Tensor:
+    """Return symmetric scales, as they are stored, of groups with these absolute maxima; 1 for a group of zeros."""
+    if spec.scale_dtype == E8M0:
+        return _exponents(amax, fmt)
+    scale = _divided(amax, fmt.max_value)
+    if global_scale is None:
+        return _rounded(scale, spec)
+    # Floored: a scale of zero would lose the whole group, and divide by zero.
+    scale = (scale / global_scale).clamp_(SMALLEST_E4M3, LARGEST_E4M3)
+    return torch.where(amax == 0, 1.0, scale).to(torch.float8_e4m3fn)
+
+
+def _exponents(amax: Tensor, fmt: NumberFormat) -> Tensor:
+    """Return floor(log2(amax)) - floor(log2(max_value)), the rule of OCP MX v1.0, as bytes with a bias of 127."""
+    biased = amax.view(torch.int32) >> 23  # from bits: log2 rounds up just below powers of two
+    exponent = (biased - (math.frexp(fmt.max_value)[1] - 1)).clamp_(0, 254)
+    return torch.where(amax == 0, 127, exponent).to(torch.uint8)
+
+
+def _global_scale(amax: Tensor, fmt: NumberFormat) -> Tensor:
+    """Return amax / (448 * max_value), so that the largest group's scale is the largest e4m3; 1 for zeros."""
+    scale = _divided(amax, LARGEST_E4M3 * fmt.max_value)
+    least = torch.finfo(torch.float32).tiny / SMALLEST_E4M3  # the smallest product is a normal number then
+    return torch.where(amax == 0, 1.0, scale.clamp_(min=least))
 
 
 def _divided(tensor: Tensor, number: float) -> Tensor:

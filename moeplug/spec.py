@@ -42,15 +42,30 @@ class WeightSpec(BaseModel):
         description="strategy block: [rows, columns] that share a scale",
     )
     symmetric: bool = Field(default=True, description="false: a zero point beside every scale")
-    scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="what scales are rounded to before the weights are encoded with them"
+    scale_dtype: Literal["float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"] = Field(
+        default="float32",
+        description="what scales are rounded to before the weights are encoded with them; float8_e8m0fnu: powers of "
+        "two (OCP microscaling), float8_e4m3fn: beside a float32 scale for the whole weight (NVFP4)",
     )
 
     @model_validator(mode="after")
     def _strategy_and_sizes_agree(self) -> WeightSpec:
         _require(self.strategy, "group", "group_size", self.group_size, "group_size: 128")
         _require(self.strategy, "block", "block_structure", self.block_structure, "block_structure: [128, 128]")
+        if not self.symmetric and self.strategy == "block":
+            raise field_error("symmetric", "strategy: block has no zero points; write symmetric: true")
+        if not self.symmetric and self.scale_dtype.startswith("float8"):
+            raise field_error("symmetric", f"scale_dtype: {self.scale_dtype} has no zero points; write symmetric: true")
         return self
+
+    @property
+    def scale_rows(self) -> int:
+        """How many rows of a weight one row of scales serves: the first of block_structure, else 1."""
+        return self.block_structure[0] if self.block_structure else 1
+
+    def columns(self, K: int) -> int:
+        """Return how many weights along K share a scale; the last of a row may be fewer under strategy: block."""
+        return min(K, self.block_structure[1]) if self.block_structure else self.group_size or K
 
     def describe(self) -> str:
         """Return a short label, for example `int8 g128 asym`."""
@@ -77,6 +92,10 @@ class ActivationSpec(BaseModel):
     def _strategy_and_sizes_agree(self) -> ActivationSpec:
         _require(self.strategy, "group", "group_size", self.group_size, "group_size: 128")
         return self
+
+    def describe(self) -> str:
+        """Return a short label, for example `int8 token`."""
+        return f"{self.format} {f'g{self.group_size}' if self.group_size else self.strategy}"
 
 
 def _require(strategy: str, needed_by: str, field: str, value: object, example: str) -> None:

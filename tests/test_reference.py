@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from moeplug.moe.layout import ACTIVATIONS
-from moeplug.moe.reference import ACTIVATION_FUNCTIONS, ExpertWeights, experts_reference
+sys.path.insert(0, str(Path(__file__).parent))
+
+from formats import FORMATS
+
+from moeplug.formats import Unquantized
+from moeplug.kernels.select import Device, KernelRequest
+from moeplug.moe.activations import ACTIVATION_FUNCTIONS, fake_quantized, quantize_activations
+from moeplug.moe.layout import ACTIVATIONS, LayerSpec
+from moeplug.moe.reference import ExpertWeights, experts_reference
+from moeplug.spec import ActivationSpec
 
 M, T, E, H, I = 7, 3, 5, 12, 10
 
@@ -30,6 +41,8 @@ SCALAR_ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+    "none": lambda x: x,
 }
 
 
@@ -40,7 +53,7 @@ def by_hand(hidden, topk_weights, topk_ids, experts, activation):
         for t in range(topk_ids.shape[1]):
             e = int(topk_ids[m, t])
             if 0 <= e < len(experts):
-                gate, up, down = (w.tolist() for w in experts[e])
+                gate, up, down = (w.tolist() for w in experts[e][:3])
                 x = hidden[m].tolist()
                 h = [act(_dot(gate[i], x)) * _dot(up[i], x) for i in range(len(gate))]
                 y = [_dot(row, h) for row in down]
@@ -52,7 +65,7 @@ def _dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", SCALAR_ACTIVATIONS)
 def test_the_reference_is_the_formula(activation):
     hidden, topk_weights, topk_ids, experts = layer()
     out = experts_reference(hidden, topk_weights, topk_ids, experts, activation=activation)
@@ -61,7 +74,7 @@ def test_the_reference_is_the_formula(activation):
 
 
 def test_every_activation_of_a_layer_has_a_function():
-    assert set(ACTIVATION_FUNCTIONS) == set(ACTIVATIONS)
+    assert {*ACTIVATION_FUNCTIONS, "swiglu_clamped"} == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -89,7 +102,7 @@ def test_16_bit_hidden_rounds_the_intermediate_and_the_output_and_nothing_else(d
     expected = torch.zeros(M, H)
     for t in range(T):
         for m in range(M):
-            gate, up, down = experts[int(topk_ids[m, t])]
+            gate, up, down = experts[int(topk_ids[m, t])][:3]
             h = torch.nn.functional.silu(gate @ hidden[m].float()) * (up @ hidden[m].float())
             expected[m] += topk_weights[m, t] * (down @ h.to(dtype).float())
     unrounded = experts_reference(hidden, topk_weights, topk_ids, experts, out_dtype=torch.float32)
@@ -143,3 +156,119 @@ def test_transformers_agrees_in_float32():
     out = experts_reference(hidden.float(), topk_weights, topk_ids, experts)
     # float32: they sum over experts in ascending order, the reference over T.
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+# Quantized activations, biases and router weights
+
+
+def request_of(layer_changes=None, **changes):
+    """What a kernel is asked for: nothing quantized unless changes say so."""
+    layer = replace(LayerSpec(0, "layer 0", E, T, H, I), **layer_changes or {})
+    plain = Unquantized(torch.float32)
+    request = KernelRequest(layer, Device("cpu"), None, None, plain, plain)
+    return replace(request, **changes)
+
+
+def f32(value):
+    """The float32 nearest to a Python float."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def quantized_by_hand(x, group_size, max_value, rounded):
+    """Float32 steps in Python floats: amax / max_value, x / scale, rounded, times the scale."""
+    out = []
+    for row in x.tolist():
+        result = []
+        for start in range(0, len(row), group_size):
+            part = row[start : start + group_size]
+            scale = f32(max(map(abs, part)) / max_value) or 1.0
+            result += [f32(rounded(min(max(f32(v / scale), -max_value), max_value)) * scale) for v in part]
+        out.append(result)
+    return torch.tensor(out)
+
+
+ROUNDED = {"int8": (127.0, round), "fp8": (448.0, lambda v: float(torch.tensor(v).to(torch.float8_e4m3fn)))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [None, 4], ids=["token", "g4"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_an_activation_is_its_rounded_quotient_times_the_scale_of_its_token_or_group(name, group_size, dtype):
+    spec = ActivationSpec(format=name, strategy="group" if group_size else "token", group_size=group_size)
+    x = (torch.randn(6, H, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    x[2], x[3, :4] = 0, 1e-45
+    found = fake_quantized(x, spec, FORMATS[name])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, quantized_by_hand(x, group_size or H, *ROUNDED[name]))
+    q, scale = quantize_activations(x, spec, FORMATS[name])
+    assert (q.shape, scale.shape) == ((6, H), (6, H // (group_size or H)))
+    assert q.dtype == FORMATS[name].storage_dtype
+    assert bool((scale[2] == 1).all())
+
+
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other():
+    x = torch.randn(3, H)
+    x[1, 2] = math.nan
+    clean = torch.cat([x[:1], x[2:]])
+    found = fake_quantized(x, ActivationSpec(format="int8"), FORMATS["int8"])
+    assert bool(found[1].isnan().all())
+    assert torch.equal(found[[0, 2]], fake_quantized(clean, ActivationSpec(format="int8"), FORMATS["int8"]))
+
+
+@pytest.mark.parametrize("group_size", [None, 2], ids=["token", "g2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_input_is_quantized_directly_and_the_intermediate_after_it_was_rounded(dtype, group_size):
+    spec = ActivationSpec(format="int8", strategy="group" if group_size else "token", group_size=group_size)
+    both = {"input_activations": spec, "intermediate": spec}
+    both |= {"activation_format": FORMATS["int8"], "intermediate_format": FORMATS["int8"]}
+    hidden, topk_weights, topk_ids, experts = layer()
+    hidden = hidden.to(dtype)
+    expected = torch.zeros(M, H, dtype=torch.float64)
+    x = quantized_by_hand(hidden, group_size or H, 127.0, round).double()
+    for m in range(M):
+        for t in range(T):
+            gate, up, down = experts[int(topk_ids[m, t])][:3]
+            h = (torch.nn.functional.silu(gate @ x[m]) * (up @ x[m])).to(dtype)
+            h = quantized_by_hand(h.view(1, I), group_size or I, 127.0, round)[0].double()
+            expected[m] += topk_weights[m, t].double() * (down @ h)
+    out = experts_reference(
+        hidden, topk_weights, topk_ids, experts, request=request_of(**both), out_dtype=torch.float64
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)  # float64 sums in another order
+
+
+CLAMPED = {"activation": "swiglu_clamped", "activation_alpha": 1.3, "activation_limit": 0.7, "activation_offset": 0.5}
+PARAMETERS = {"silu": {}, "clamped": CLAMPED, "swiglu": {"activation": "swiglu_clamped"}}
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["weight_on_output", "weight_on_input"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("activation", PARAMETERS.values(), ids=PARAMETERS)
+def test_biases_come_before_the_activation_and_router_weights_before_both_or_last(activation, biased, on_input):
+    hidden, topk_weights, topk_ids, experts = layer()
+    g = torch.Generator().manual_seed(3)
+    if biased:
+        experts = [ExpertWeights(*w[:3], *(torch.randn(n, generator=g) for n in (I, I, H))) for w in experts]
+    expected = torch.zeros(M, H, dtype=torch.float64)
+    for m in range(M):
+        for t in range(T):
+            w, weight = experts[int(topk_ids[m, t])], float(topk_weights[m, t])
+            first, last = (weight, 1.0) if on_input else (1.0, weight)
+            gate, up = first * (w.gate @ hidden[m]), first * (w.up @ hidden[m])
+            if biased:
+                gate, up = gate + w.gate_bias.double(), up + w.up_bias.double()
+            pairs = zip(gate.tolist(), up.tolist(), strict=True)
+            y = w.down @ torch.tensor([gated_by_hand(g, u, activation) for g, u in pairs], dtype=torch.float64)
+            expected[m] += last * (y + w.down_bias.double() if biased else y)
+    request = request_of(activation | {"router_weight_on_input": on_input})
+    out = experts_reference(hidden, topk_weights, topk_ids, experts, request=request)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def gated_by_hand(gate, up, parameters):
+    if not parameters:
+        return SCALAR_ACTIVATIONS["silu"](gate) * up
+    limit = parameters.get("activation_limit", math.inf)
+    gate, up = min(gate, limit), min(max(up, -limit), limit)
+    alpha, offset = parameters.get("activation_alpha", 1.702), parameters.get("activation_offset", 1.0)
+    return gate / (1 + math.exp(-alpha * gate)) * (up + offset)

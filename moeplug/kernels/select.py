@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Device:
     """What a kernel has to know of a device, as data, so that selection is tested without one.
 
-    type: "cpu" or "cuda". compute_capability: (9, 0) on Hopper; None on CPU.
+    type: "cpu" or "cuda". compute_capability: (9, 0) on Hopper; None on CPU. name: as torch.cuda.get_device_name says.
     """
 
     type: str
     index: int = 0
     compute_capability: tuple[int, int] | None = None
+    name: str = ""
 
     def __str__(self) -> str:
         return self.type if self.type == "cpu" else f"{self.type}:{self.index}"
@@ -34,7 +35,11 @@ class Device:
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """What a group of experts needs: sizes, formats of both products, and the device. Pure data."""
+    """What a group of experts needs: sizes, formats of both products, and the device. Pure data.
+
+    input_activations, intermediate: how the first and the second product's input is quantized, None: not; their
+    formats beside them. Neither is quantized where the weights it meets are not.
+    """
 
     layer: LayerSpec
     device: Device
@@ -44,6 +49,8 @@ class KernelRequest:
     down_format: NumberFormat
     input_activations: ActivationSpec | None = None
     intermediate: ActivationSpec | None = None
+    activation_format: NumberFormat | None = None
+    intermediate_format: NumberFormat | None = None
 
 
 class ExpertsForward(Protocol):
@@ -59,10 +66,17 @@ class ExpertsForward(Protocol):
 
 
 class Kernel(ABC):
-    """One fused-MoE kernel: what it serves, the weight layout it wants, and how to bind it to buffers."""
+    """One fused-MoE kernel: what it serves, the weight layout it wants, and how to bind it to buffers.
+
+    layout: the one of every request; a kernel that wants several has a `layout_for` of its own.
+    """
 
     name: str
     layout: Layout
+
+    def layout_for(self, request: KernelRequest) -> Layout:
+        """Return the layout of the buffers that `bind` will be given for this request."""
+        return self.layout
 
     @abstractmethod
     def reason_against(self, request: KernelRequest) -> str | None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moeplug.errors import SchemeError, UsageError
+from moeplug.kernels import ops
 from moeplug.moe.layout import PROJECTIONS, LayerSpec, Layout, Projection, buffer_name
+from moeplug.quantization import reordered
 
 if TYPE_CHECKING:
     from moeplug.hookspecs import StageContext
     from moeplug.kernels.select import ExpertsForward
+
+
+LAYOUT_KEYS: Final = ("layout", "version", "rows", "w13_words", "w2_words")  # of a state: what may differ
 
 
 class Binder(Protocol):
@@ -43,17 +48,25 @@ class ExpertGroup(nn.Module):
         self._weight_names, self._scale_names = tuple(weights), tuple(scales)
         for name, tensor in {**weights, **scales}.items():
             self.register_buffer(name, tensor)
+        self._handle = ops.new_handle(self)
         self._bind()
 
-    def stored(self, projection: Projection) -> Tensor:
-        """Return the stored values (E, N, K / values_per_element) of a projection: a view, layout undone."""
-        return self.ctx.layout.view(self.get_buffer(buffer_name(projection)), projection)
+    def stored(self, projection: Projection, slot: int) -> Tensor:
+        """Return one expert weight's stored values (N, K / values_per_element), layout undone; maybe a view."""
+        weight = self.ctx.layout.view(self.get_buffer(buffer_name(projection)), projection)[slot : slot + 1]
+        return reordered(weight, self.ctx.format(projection), self.ctx.layout.words(projection), False)[0]
 
     def forward(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return (M, H): this group's part of the layer. topk_ids are slots of this group."""
+        if ops.is_traced(hidden):
+            return ops.experts(hidden, topk_weights, topk_ids, out, list(self.buffers()), self._handle)
+        return self.bound()(hidden, topk_weights, topk_ids, out=out)
+
+    def bound(self) -> ExpertsForward:
+        """Return the kernel as it is bound now; raise UsageError on the meta device, where none is."""
         if self._experts_forward is None:
             raise UsageError("these experts are on the meta device: load or move them before calling them")
-        return self._experts_forward(hidden, topk_weights, topk_ids, out=out)
+        return self._experts_forward
 
     def extra_repr(self) -> str:
         return f"{len(self.ctx.experts)} x {describe(self.ctx)} by {self.ctx.kernel.name}"
@@ -71,12 +84,25 @@ class ExpertGroup(nn.Module):
         device = moved["w13"].device
         if device.type != "meta" and str(device) != self.ctx.device:
             ctx = self._binder.replan(self.ctx, device)
-            moved = {n: relayout(t, n, self.ctx.layout, ctx.layout) for n, t in moved.items()}
+            moved = {n: self._relaid(t, n, self.ctx.layout, ctx.layout) for n, t in moved.items()}
             self.ctx = ctx
         for name, tensor in moved.items():
             self._buffers[name] = tensor
         self._bind()
         return self
+
+    def _relaid(self, tensor: Tensor, name: str, source: Layout, target: Layout) -> Tensor:
+        """Return a buffer brought from one layout into another: values along K first, then rows."""
+        projection: Projection = "down" if name.startswith("w2") else "gate"
+        spec = self.ctx.spec(projection)
+        if name == buffer_name(projection):
+            fmt = self.ctx.format(projection)
+            tensor = reordered(tensor, fmt, source.words(projection), target.words(projection))
+        elif name.endswith("_scale") and tensor.dim() == 3:
+            E, N, C = tensor.shape
+            tensor = target.empty_scales((E, N, C), tensor.dtype, tensor.device).copy_(tensor)
+        of_blocks = name.endswith("_scale") and spec is not None and spec.scale_rows > 1
+        return tensor if of_blocks and tensor.dim() == 3 else relayout(tensor, name, source, target)
 
     def get_extra_state(self) -> Tensor:
         """Return what the buffers mean (layout, version, specs) as JSON bytes (n,) uint8: any format holds them."""
@@ -90,11 +116,20 @@ class ExpertGroup(nn.Module):
         return {
             "layout": layout.name,
             "version": layout.version,
+            "rows": layout.gate_up,
+            "w13_words": layout.w13_words,
+            "w2_words": layout.w2_words,
             "experts": list(self.ctx.experts),
             "plugin": self.ctx.plugin,
             "gate_up": None if request.gate_up is None else request.gate_up.model_dump(mode="json"),
             "down": None if request.down is None else request.down.model_dump(mode="json"),
         }
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save scales in the plain order of memory too: safetensors writes no other."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._buffers:
+            destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a state of another spec before a byte is copied; a state of another layout is laid out anew."""
@@ -102,14 +137,16 @@ class ExpertGroup(nn.Module):
         if extra is None:
             raise SchemeError(f"{prefix}_extra_state is missing: this state_dict does not say how it is laid out")
         saved, mine = json.loads(bytes(extra.tolist())), self._meaning()
-        differing = [key for key in mine if key not in ("layout", "version") and saved.get(key) != mine[key]]
+        differing = [key for key in mine if key not in LAYOUT_KEYS and saved.get(key) != mine[key]]
         if differing:
             key = differing[0]
             raise SchemeError(f"{prefix}{key}: the state has {saved.get(key)}, this module has {mine[key]}")
         if (saved["layout"], saved["version"]) != (mine["layout"], mine["version"]):
-            source = Layout(saved["layout"], saved["version"], saved["layout"])
+            # States from before words have plain values, in a layout that is called as it arranges rows.
+            rows, words = saved.get("rows", saved["layout"]), (saved.get(key, False) for key in LAYOUT_KEYS[3:])
+            source = Layout(saved["layout"], saved["version"], rows, *words)
             for name in self._buffers:
-                state_dict[prefix + name] = relayout(state_dict[prefix + name], name, source, self.ctx.layout)
+                state_dict[prefix + name] = self._relaid(state_dict[prefix + name], name, source, self.ctx.layout)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._bind()  # assign=True puts other tensors in the buffers' places
 
@@ -119,6 +156,7 @@ class ExpertGroup(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = ops.new_handle(self)
         self._bind()
 
 
@@ -132,6 +170,8 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.layer = layer
         self.groups = nn.ModuleList(groups)
+        # Ids are then slots as they are. Worked out here: comparing 128 ids costs 2 us a call.
+        self._one_group = len(groups) == 1 and groups[0].ctx.experts == tuple(range(layer.num_experts))
         slots = [_slot_table(group.ctx.experts, layer.num_experts) for group in groups]
         # (groups, E + 1): expert id → slot of a group, -1 for not there; the last column takes every id out of range.
         self.slots: Tensor
@@ -155,15 +195,14 @@ class QuantizedExperts(nn.Module):
         """
         self._check(hidden, topk_weights, topk_ids)
         topk_weights = topk_weights.float()
-        first = self._groups()[0]
-        if len(self.groups) == 1 and first.ctx.experts == tuple(range(self.layer.num_experts)):
-            return first(hidden, topk_weights, topk_ids, out=out)  # type: ignore[no-any-return]
+        if self._one_group:
+            return next(iter(self.groups))(hidden, topk_weights, topk_ids, out=out)  # type: ignore[no-any-return]
         return self._sum_of_groups(hidden, topk_weights, topk_ids, out)
 
     def stored(self, projection: Projection, expert: int) -> Tensor:
         """Return one expert weight's stored values (N, K / values_per_element), as they were before any layout."""
         group, slot = self._place(expert)
-        return group.stored(projection)[slot]
+        return group.stored(projection, slot)
 
     def _sum_of_groups(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None) -> Tensor:
         """Add the groups' parts in float32, in group order, and round once."""
@@ -210,11 +249,13 @@ def describe(ctx: StageContext) -> str:
         fmt.name if spec is None else spec.describe()
         for spec, fmt in zip(specs, (ctx.request.gate_up_format, ctx.request.down_format), strict=True)
     ]
-    return names[0] if names[0] == names[1] else " + ".join(names)
+    label = names[0] if names[0] == names[1] else " + ".join(names)
+    quantized = {a.describe() for a in (ctx.request.input_activations, ctx.request.intermediate) if a is not None}
+    return ", ".join([label, *(f"{text} activations" for text in sorted(quantized))])
 
 
 def relayout(tensor: Tensor, name: str, source: Layout, target: Layout) -> Tensor:
-    """Return w13, or a scale in w13's row order, (E, 2I, C) brought from one layout into another."""
+    """Return w13, or a scale or bias in w13's row order, (E, 2I, ...), with rows brought into another layout."""
     if not name.startswith("w13") or source.gate_up == target.gate_up:
         return tensor
     result = torch.empty_like(tensor)

@@ -1,4 +1,4 @@
-"""Name the axes of a MoE layer, and say where each projection's rows lie in the kernel's buffers.
+"""Name the axes of a MoE layer, and say where each projection's rows and values lie in the kernel's buffers.
 
 The axis letters, everywhere the same:
     M tokens        T experts per token (top-k)     E experts
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")
-ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "none", "swiglu_clamped")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class LayerSpec:
 
     index: the decoder layer's index in the model, from 0. dtype: the checkpoint's, for example "bfloat16".
     The output is sum over T of topk_weight * (act(x @ gate.T) * (x @ up.T)) @ down.T.
+    activation_alpha, activation_limit, activation_offset: read by activation "swiglu_clamped" alone, which is
+    gate * sigmoid(alpha * gate) * (up + offset) with gate at most limit and up within -limit and limit.
+    router_weight_on_input: topk_weight multiplies both products before the activation instead of the output.
     """
 
     index: int
@@ -38,6 +42,10 @@ class LayerSpec:
     intermediate_size: int
     activation: str = "silu"
     dtype: str = "bfloat16"
+    activation_alpha: float = 1.702
+    activation_limit: float | None = None
+    activation_offset: float = 1.0
+    router_weight_on_input: bool = False
 
     def weight_shape(self, projection: Projection) -> tuple[int, int]:
         """Return (N, K) of one expert weight."""
@@ -48,15 +56,24 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows lie in w13 and w2: a named transformation whose inverse is the same view.
+    """Where rows lie in w13 and w2, and values along K: named, with an inverse, fixed by allocation.
 
     `rows` gives the slice of a buffer's rows that a projection owns, so writing through `view` lays weights out and
-    reading through it brings the plain (E, N, K) back, bit for bit. Nothing changes a layout after allocation.
+    reading through it brings the plain (E, N, K) back, bit for bit.
+    w13_words, w2_words: values along K are in the order of `in_words`, so that 16 bits hold values 16 apart; else in
+    the plain order. scales_along: the axis along which scales, (E, N, C), are neighbours in memory.
     """
 
     name: str
     version: int
     gate_up: Literal["concatenated", "interleaved"]
+    w13_words: bool = False
+    w2_words: bool = False
+    scales_along: Literal["K", "N"] = "K"
+
+    def words(self, projection: Projection) -> bool:
+        """Return whether this projection's values are stored in words."""
+        return self.w2_words if projection == "down" else self.w13_words
 
     def rows(self, projection: Projection, intermediate_size: int) -> slice:
         """Return which rows of w13 (2I rows) or w2 (all rows) hold this projection."""
@@ -68,14 +85,40 @@ class Layout:
         return slice(0, intermediate_size) if first else slice(intermediate_size, None)
 
     def view(self, buffer: Tensor, projection: Projection) -> Tensor:
-        """Return projection's (E, N, K) of a buffer (E, rows, K): a view, never a copy."""
+        """Return projection's (E, N, K) of a buffer (E, rows, K), or (E, N) of (E, rows): a view, never a copy."""
         return buffer[:, self.rows(projection, buffer.shape[1] // 2)]
 
+    def empty_scales(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+        """Return (E, N, C) with neighbours as scales_along says. Bytes stay along K: a row's are loaded together."""
+        import torch
 
+        E, N, C = shape
+        if self.scales_along == "K" or dtype.itemsize == 1 or C == 1:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(E, C, N, dtype=dtype, device=device).transpose(1, 2)
+
+
+WORDS: Final = 16  # in a run: the values along K that a tensor core's operand keeps in the same registers
 CONCATENATED: Final = Layout("concatenated", 1, "concatenated")
-INTERLEAVED: Final = Layout("interleaved", 1, "interleaved")
+INTERLEAVED: Final = Layout("interleaved", 1, "interleaved", scales_along="N")
+
+
+def interleaved(w13_words: bool, w2_words: bool) -> Layout:
+    """Return the layout of interleaved rows with words in either buffer; without, it is INTERLEAVED."""
+    with_words = "".join(f"-{name}" for name, words in (("w13", w13_words), ("w2", w2_words)) if words)
+    if not with_words:
+        return INTERLEAVED
+    return Layout(f"interleaved-words{with_words}", 2, "interleaved", w13_words, w2_words, "N")
 
 
 def buffer_name(projection: Projection) -> Literal["w13", "w2"]:
     """Return the buffer that holds a projection."""
     return "w2" if projection == "down" else "w13"
+
+
+def in_words(values: Tensor, q: int) -> Tensor:
+    """Return values (..., K) as (..., K / (16 q), 16, q), a view: the last q share 16 bits, lowest bits first.
+
+    So word j of a run of 16 q values holds values j, j + 16, ..., j + 16 (q - 1).
+    """
+    return values.view(*values.shape[:-1], -1, q, WORDS).transpose(-1, -2)

@@ -1,84 +1,116 @@
 """Compute the experts' part of a MoE layer in plain torch: the definition of the numbers that every kernel is held to.
 
-The numbers, for one token x and the experts e its ids name (weights dequantized, activations not quantized):
+The numbers, for one token x and the experts e its ids name (weights dequantized):
 
+    x        = quantized(x)                        only where input activations are quantized
     gate, up = x @ gate[e].T, x @ up[e].T          products and sums in the weights' dtype, float32 or float64
-    h        = act(gate) * up                      the same
+    gate, up = gate + its bias, up + its bias      where the expert has biases
+    h        = act(gate) * up                      the same; activation swiglu_clamped takes both (`gated`)
     h        = h rounded to hidden's dtype         the only rounding in between; none where hidden is 32-bit or wider
-    y        = topk_weight * (h @ down[e].T)       products, sums and the router weight in the weights' dtype
+    h        = quantized(h)                        only where the intermediate is quantized
+    y        = topk_weight * (h @ down[e].T + bias)  products, sums and the router weight in the weights' dtype
     out      = 0 + y[0] + y[1] + ... + y[T - 1]    in the order of T, then one cast to the output's dtype
 
+With router_weight_on_input the products gate and up are multiplied by topk_weight, before biases, and y is not.
+
+quantized(v) is, in float32, for all values of a token (strategy token) or each group_size of them (group):
+
+    scale    = amax(|v|) / max_value, 1 where that is 0
+    q        = format.encode(v / scale)            to nearest, ties to even, saturating
+    v        = format.decode(q) * scale            rounded to float32
+
 Scales and zero points are exact parts of the weights: nothing rounds a scaled weight to 16 bits. Kernels sum in other
-orders, so they agree with this within float32 rounding (plus one unit of hidden's dtype where a sum lands on the
-other side of a rounding boundary), not bit for bit.
+orders, so they agree with this within float32 rounding (plus one unit of hidden's dtype, or one step of the
+intermediate's format, where a sum lands on the other side of a rounding boundary), not bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from moeplug.moe.activations import fake_quantized, gated
+from moeplug.moe.layout import LayerSpec
+
+if TYPE_CHECKING:
+    from moeplug.kernels.select import KernelRequest
 
 
 class ExpertWeights(NamedTuple):
-    """One expert, dequantized: gate (I, H), up (I, H), down (H, I), all float32 or all float64."""
+    """One expert, dequantized: gate (I, H), up (I, H), down (H, I), all float32 or all float64; biases (I,), (H,)."""
 
     gate: Tensor
     up: Tensor
     down: Tensor
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATION_FUNCTIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-}
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 def experts_reference(
     hidden: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    experts: Sequence[tuple[Tensor, Tensor, Tensor]],
+    experts: Sequence[tuple[Any, ...]],
     *,
     activation: str = "silu",
+    request: KernelRequest | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return (M, H) of out_dtype (None: hidden's): the sum over T, in order, of topk_weight * expert(hidden).
 
     hidden: (M, H) float. topk_weights: (M, T) float32. topk_ids: (M, T) int32 or int64; an id below 0 or at least E
     contributes nothing, a repeated id counts twice.
-    experts: E triples as ExpertWeights; each is asked for once, and only if it has tokens (experts[0] once more, for
+    experts: E tuples as ExpertWeights; each is asked for once, and only if it has tokens (experts[0] once more, for
     its dtype), so a lazy sequence keeps one expert in memory. On a GPU torch's TF32 must be off, which is its default.
+    request: the layer's activation, where its router weights go and how activations are quantized; None: `activation`
+    and nothing else.
     """
-    exact = experts[0][0].dtype if len(experts) else torch.float32
+    exact = ExpertWeights(*experts[0]).gate.dtype if len(experts) else torch.float32
+    on_input = request is not None and request.layer.router_weight_on_input
     M, T = topk_ids.shape
     contributions = torch.zeros(M, T, hidden.shape[1], dtype=exact, device=hidden.device)
     for e in range(len(experts)):
         token, slot = torch.nonzero(topk_ids == e, as_tuple=True)
         if token.numel():
-            y = expert_reference(hidden[token], ExpertWeights(*experts[e]), activation)
-            contributions[token, slot] = y * topk_weights[token, slot].to(exact).unsqueeze(1)
+            weight = topk_weights[token, slot].to(exact).unsqueeze(1)
+            of_input = weight if on_input else None
+            y = expert_reference(hidden[token], ExpertWeights(*experts[e]), activation, request, of_input)
+            contributions[token, slot] = y if on_input else y * weight
     out = torch.zeros(M, hidden.shape[1], dtype=exact, device=hidden.device)
     for t in range(T):
         out += contributions[:, t]
     return out.to(out_dtype or hidden.dtype)
 
 
-def expert_reference(hidden: Tensor, weights: ExpertWeights, activation: str = "silu") -> Tensor:
-    """Return (n, H) in the weights' dtype: one expert applied to hidden (n, H), router weight not applied."""
-    gate, up, down = weights
-    x = hidden.to(gate.dtype)
-    h = ACTIVATION_FUNCTIONS[activation](x @ gate.T) * (x @ up.T)
-    return round_intermediate(h, hidden.dtype) @ down.T
+def expert_reference(
+    hidden: Tensor,
+    weights: ExpertWeights,
+    activation: str = "silu",
+    request: KernelRequest | None = None,
+    weight_of_input: Tensor | None = None,
+) -> Tensor:
+    """Return (n, H) in the weights' dtype: one expert applied to hidden (n, H), router weight not applied to it.
+
+    weight_of_input: (n, 1), what the first products are multiplied by.
+    """
+    exact = weights.gate.dtype
+    layer = request.layer if request else LayerSpec(0, "", 0, 0, 0, 0, activation)
+    x = fake_quantized(hidden, request.input_activations, request.activation_format) if request else hidden
+    gate, up = x.to(exact) @ weights.gate.T, x.to(exact) @ weights.up.T
+    if weight_of_input is not None:
+        gate, up = gate * weight_of_input, up * weight_of_input
+    h = gated(_biased(gate, weights.gate_bias), _biased(up, weights.up_bias), layer)
+    h = round_intermediate(h, hidden.dtype)
+    h = fake_quantized(h, request.intermediate, request.intermediate_format) if request else h
+    return _biased(h @ weights.down.T, weights.down_bias)
+
+
+def _biased(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias.to(product.dtype)
 
 
 def round_intermediate(h: Tensor, dtype: torch.dtype) -> Tensor:

@@ -137,7 +137,7 @@ class _GroupBuilder:
         out = view[slot : slot + len(experts)]
         scales = quantize(registry, ctx, projection, experts, ready, out)
         self._store.put(projection, slot, scales)
-        return squared_error(ready, out, scales, ctx.format(projection))
+        return squared_error(ready, out, scales, ctx.format(projection), ctx.layout.words(projection))
 
     def finish(self) -> ExpertGroup:
         """Run stages 4 and 5."""

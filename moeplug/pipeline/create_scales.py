@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moeplug.errors import PluginError
 from moeplug.hookspecs import StageContext
-from moeplug.moe.layout import PROJECTIONS, Projection, buffer_name
-from moeplug.quantization import Scales, scale_dtype, scale_shape
+from moeplug.moe.layout import CONCATENATED, PROJECTIONS, Projection, buffer_name
+from moeplug.quantization import E4M3, Scales, scale_dtype, scale_shape, zero_point_dtype
 from moeplug.registry import Registry
 
 
@@ -18,6 +18,8 @@ class ScaleStore:
     """A group's scales, kept in the kernel's row order from the first one on, so that stage 4 copies nothing.
 
     w13_scale (E, 2I, C), w2_scale (E, H, C), and zero points of the same shapes. A tensor scale fills all its rows.
+    Blocks of several rows have one row of scales each, gate's first, then up's, whatever the layout does with weights.
+    w13_global_scale (E, 2I), w2_global_scale (E, H) float32 where a spec has them.
     """
 
     def __init__(self, ctx: StageContext) -> None:
@@ -30,9 +32,11 @@ class ScaleStore:
 
     def put(self, projection: Projection, slot: int, scales: Scales) -> None:
         """Keep the scales of expert weights in slots slot, slot + 1, …: (B, R, C) each."""
-        for part, tensor in (("scale", scales.scale), ("zero_point", scales.zero_point)):
+        for part in ("scale", "zero_point", "global_scale"):
+            tensor = getattr(scales, part)
             if tensor is not None:
-                self._view(projection, part)[slot : slot + tensor.shape[0]].copy_(tensor)
+                view = self._view(projection, part)[slot : slot + tensor.shape[0]]
+                view.copy_(tensor[..., 0] if part == "global_scale" else tensor)
 
     def scales(self, projection: Projection) -> Scales:
         """Return the scales of all experts in slot order, (E, R, C): views."""
@@ -41,20 +45,26 @@ class ScaleStore:
             return Scales()
         rows = slice(0, 1) if spec.strategy == "tensor" else slice(None)
         zero_point = None if spec.symmetric else self._view(projection, "zero_point")[:, rows]
-        return Scales(self._view(projection, "scale")[:, rows], zero_point)
+        global_scale = self._view(projection, "global_scale")[:, :1, None] if spec.scale_dtype == E4M3 else None
+        return Scales(self._view(projection, "scale")[:, rows], zero_point, global_scale, spec.block_structure)
 
     def _allocate(self, buffer: str, projection: Projection) -> None:
         ctx, spec = self._ctx, self._ctx.spec(projection)
         assert spec is not None
         N, K = ctx.layer.weight_shape(projection)
-        shape = (len(ctx.experts), N if projection == "down" else 2 * N, scale_shape(spec, N, K)[1])
-        self.tensors[f"{buffer}_scale"] = torch.empty(shape, dtype=scale_dtype(spec), device=ctx.device)
+        E, parts = len(ctx.experts), 1 if projection == "down" else 2
+        shape = (E, parts * -(-N // spec.scale_rows), scale_shape(spec, N, K)[1])
+        self.tensors[f"{buffer}_scale"] = ctx.layout.empty_scales(shape, scale_dtype(spec), ctx.device)
         if not spec.symmetric:
-            dtype = ctx.format(projection).storage_dtype
+            dtype = zero_point_dtype(ctx.format(projection))
             self.tensors[f"{buffer}_zero_point"] = torch.empty(shape, dtype=dtype, device=ctx.device)
+        if spec.scale_dtype == E4M3:
+            self.tensors[f"{buffer}_global_scale"] = torch.empty(E, parts * N, device=ctx.device)
 
     def _view(self, projection: Projection, part: str) -> Tensor:
-        return self._ctx.layout.view(self.tensors[f"{buffer_name(projection)}_{part}"], projection)
+        spec = self._ctx.spec(projection)
+        layout = CONCATENATED if part == "scale" and spec and spec.scale_rows > 1 else self._ctx.layout
+        return layout.view(self.tensors[f"{buffer_name(projection)}_{part}"], projection)
 
 
 def create_scales(registry: Registry, ctx: StageContext, store: ScaleStore) -> dict[str, Tensor]:

@@ -124,10 +124,17 @@ class Plan:
     @property
     def transient_bytes(self) -> int:
         """Return the memory needed on the device only while loading: staging and float32 scratch."""
-        scratch = 3 * 4 * CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
+        scratch = 3 * 4 * max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
         staged = 1 if self.device.type == "cuda" else READ_BUFFERS
         # 1 MiB: error sums, slot tables, and what allocators round up.
         return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
+
+    @property
+    def _largest_row_of_blocks(self) -> int:
+        """The most weights in rows that share scales: a chunk of scratch holds all of them."""
+        contexts = [group.ctx for layer in self.layers for group in layer.groups]
+        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in PROJECTIONS]
+        return max((spec.scale_rows * K for spec, K in specs if spec is not None), default=0)
 
     @property
     def peak_bytes(self) -> int:
@@ -206,6 +213,10 @@ def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -
     for plugin in plugins:
         _check_needs(plugin, device_of(device), where)
         registry.activate(plugin.name, where)
+    of_activations = {spec.format for spec in (scheme.input_activations, scheme.intermediate) if spec is not None}
+    for name, manifest in registry.manifests().items():
+        if of_activations & set(manifest.formats):
+            registry.activate(name, where)
 
 
 def _check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
@@ -255,6 +266,8 @@ def _plan_group(
     down: WeightSpec | None,
     experts: tuple[int, ...],
 ) -> GroupPlan:
+    inputs = None if gate_up is None else scheme.input_activations
+    between = None if down is None else scheme.intermediate
     request = KernelRequest(
         layer=layer,
         device=device_of(device),
@@ -262,8 +275,10 @@ def _plan_group(
         down=down,
         gate_up_format=_format(gate_up, layer, registry),
         down_format=_format(down, layer, registry),
-        input_activations=scheme.input_activations,
-        intermediate=scheme.intermediate,
+        input_activations=inputs,
+        intermediate=between,
+        activation_format=None if inputs is None else registry.format(inputs.format),
+        intermediate_format=None if between is None else registry.format(between.format),
     )
     for projection in PROJECTIONS:
         spec = down if projection == "down" else gate_up

@@ -25,7 +25,7 @@ def quantize(
         if spec is None:
             fmt.encode(tensor, out)
             return Scales()
-        return quantization.quantize(tensor, spec, fmt, out)
+        return quantization.quantize(tensor, spec, fmt, out, ctx.layout.words(projection))
 
     try:
         scales = registry.call(
@@ -45,17 +45,25 @@ def _check(ctx: StageContext, projection: Projection, scales: object, out: Tenso
         raise PluginError(f"{where}: returned {type(scales).__name__}; expected moeplug.Scales")
     if spec is None:
         return
-    expected = (out.shape[0], *quantization.scale_shape(spec, *ctx.layer.weight_shape(projection)))
-    wanted = {"scale": scales.scale} if spec.symmetric else {"scale": scales.scale, "zero_point": scales.zero_point}
-    for name, tensor in wanted.items():
+    B, shape = out.shape[0], quantization.scale_shape(spec, *ctx.layer.weight_shape(projection))
+    wanted = {"scale": ((B, *shape), quantization.scale_dtype(spec))}
+    if not spec.symmetric:
+        wanted["zero_point"] = ((B, *shape), quantization.zero_point_dtype(ctx.format(projection)))
+    if spec.scale_dtype == quantization.E4M3:
+        wanted["global_scale"] = ((B, 1, 1), torch.float32)
+    for name in ("scale", "zero_point", "global_scale"):
+        tensor = getattr(scales, name)
+        if name not in wanted:
+            if tensor is not None:
+                raise PluginError(f"{where}: {name} is given; the spec has none")
+            continue
+        expected, dtype = wanted[name]
         if tensor is None or tuple(tensor.shape) != expected:
             found = "nothing" if tensor is None else str(tuple(tensor.shape))
             raise PluginError(f"{where}: {name} is {found}; expected {expected}")
-    assert scales.scale is not None
-    if scales.scale.dtype != quantization.scale_dtype(spec):
-        raise PluginError(f"{where}: scale is {scales.scale.dtype}; expected {quantization.scale_dtype(spec)}")
-    stored = ctx.format(projection).storage_dtype
-    if scales.zero_point is not None and scales.zero_point.dtype != stored:
-        raise PluginError(f"{where}: zero_point is {scales.zero_point.dtype}; expected {stored}")
-    if not bool(torch.isfinite(scales.scale).all()):
+        if tensor.dtype != dtype:
+            raise PluginError(f"{where}: {name} is {tensor.dtype}; expected {dtype}")
+    if scales.block != spec.block_structure:
+        raise PluginError(f"{where}: block is {scales.block}; expected {spec.block_structure}")
+    if not bool(torch.isfinite(scales.values(shape[0])).all()):
         raise PluginError(f"{where}: a scale is NaN or infinite")

@@ -34,7 +34,7 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return Device("cuda", index, torch.cuda.get_device_capability(index))
+    return Device("cuda", index, torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index))
 
 
 class PipelineBinder:

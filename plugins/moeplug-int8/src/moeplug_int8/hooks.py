@@ -19,6 +19,7 @@ class Int8(NumberFormat):
     bits = 8
     max_value = 127.0
     asymmetric_range = (-128.0, 127.0)
+    native = torch.int8
     compressed_tensors = {"num_bits": 8, "type": "int"}  # noqa: RUF012
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
@@ -28,9 +29,9 @@ class Int8(NumberFormat):
         out.copy_(stored)
 
     def triton_decode(self) -> Any:
-        from moeplug.kernels import decode_identity  # a signed byte converts as it is
+        from moeplug.kernels import decode_int8
 
-        return decode_identity
+        return decode_int8
 
 
 @moeplug.hookimpl
