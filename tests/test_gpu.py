@@ -7,6 +7,7 @@ import copy
 import helpers
 import pytest
 import torch
+from formats import FORMATS
 
 import moeplug
 from moeplug import Scheme
@@ -67,6 +68,17 @@ def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
     assert relative(there(*on_gpu(tokens(dtype))), expected) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_word_decodes_to_what_the_format_says(name, dtype):
+    """The roads that bits take on a GPU; the interpreter's tests see the plain conversions only."""
+    from decode_words import decoded_and_expected
+
+    decoded, expected = decoded_and_expected(FORMATS[name], dtype, "cuda")
+    number = ~expected.isnan()  # e4m3 has one NaN, which is never stored
+    assert torch.equal(decoded[number], expected[number])
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int8-g32", PLAIN, MIXED], ids=["int8", "int8-g32", "plain", "mixed"])
 def test_moving_there_and_back_changes_no_byte(scheme):
     experts = moeplug.quantize_experts(*weights(), scheme)
@@ -119,8 +131,8 @@ def test_results_repeat_bit_for_bit():
 def test_the_reference_on_decoded_weights_is_met():
     experts = moeplug.quantize_experts(*on_gpu(weights()), "int8")
     group = experts.groups[0]
-    w13, w2 = group.w13.float() * group.w13_scale, group.w2.float() * group.w2_scale
-    decoded = [(w13[e, ::2], w13[e, 1::2], w2[e]) for e in range(E)]
+    scales = {"gate": group.w13_scale[:, ::2], "up": group.w13_scale[:, 1::2], "down": group.w2_scale}
+    decoded = [tuple(experts.stored(p, e).float() * scale[e] for p, scale in scales.items()) for e in range(E)]
     arguments = on_gpu(tokens())
     assert relative(experts(*arguments), experts_reference(*arguments, decoded)) < 2**-8
 

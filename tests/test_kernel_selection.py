@@ -12,7 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kernel_cases import CHANNEL, Case, grouped, request_of
+from formats import FORMATS, SPECS, blocks
+from kernel_cases import CHANNEL, TOKEN, Case, grouped, request_of
 
 from moeplug.errors import SchemeError
 from moeplug.formats import Unquantized
@@ -31,11 +32,16 @@ class Packed(Unquantized):
     scaled, values_per_element = True, 2
 
 
-class Undecodable(Unquantized):
+class Undecodable(Packed):
     """No Triton path."""
 
-    def triton_decode(self) -> None:
-        return None
+    values_per_element = 1
+
+
+class Triple(Packed):
+    """Three weights in one element."""
+
+    values_per_element = 3
 
 
 def request(device: Device = H100, **changes):
@@ -51,23 +57,62 @@ def test_triton_serves_every_core_strategy_on_a_gpu_and_plain_torch_on_a_cpu(gat
     assert select_kernel(request(Device("cpu"), gate_up=gate_up), core_kernels()).kernel.name == "cpu-grouped"
 
 
+SPECS_48 = WeightSpec(format="int4", strategy="group", group_size=48)
+INT8_INPUT = {"activation_format": FORMATS["int8"]}
 REASONS = {
     "cpu": (request(Device("cpu")), "needs a CUDA device, not cpu"),
     "turing": (request(Device("cuda", 1, (7, 5))), "needs compute capability 8.0, cuda:1 has 7.5"),
     "unknown-capability": (request(Device("cuda")), "needs compute capability 8.0"),
-    "input-activations": (
-        request(input_activations=ActivationSpec(format="int8")),
-        "only 16-bit and float32 activations",
+    "tensor-activations": (
+        request(input_activations=ActivationSpec(format="int8", strategy="tensor")),
+        "input_activations: a scale for all tokens makes a token's result depend on its batch; use strategy: token",
     ),
-    "intermediate": (request(intermediate=ActivationSpec(format="int8")), "only 16-bit and float32 activations"),
+    "ragged-activations": (
+        request(intermediate=ActivationSpec(format="int8", strategy="group", group_size=48)),
+        "intermediate: K=128 is not a multiple of group_size=48; use strategy: token",
+    ),
     "activation": (request(layer={"activation": "swish9"}), "activation 'swish9' is none of silu, gelu"),
-    "packed": (request(down_format=Packed(torch.int8)), "packs 2 values into one element"),
+    "three-in-one": (request(down_format=Triple(torch.int8)), "packs 3 values into one element; 1 and 2 are served"),
+    "packed-K": (
+        request(layer={"hidden_size": 96}, gate_up=WeightSpec(format="int4"), gate_up_format=FORMATS["int4"]),
+        "packed format int4: K=96 is not a multiple of 64; use a format of 8 bits, or weights: null",
+    ),
+    "packed-groups": (
+        request(layer={"hidden_size": 192}, gate_up=SPECS_48, gate_up_format=FORMATS["int4"]),
+        "packed format int4: group_size=48 is not 16, 32 or a multiple of 64; use one of them",
+    ),
+    "activation-groups": (
+        request(input_activations=ActivationSpec(format="int8", strategy="group", group_size=16), **INT8_INPUT),
+        "activations: group_size=16 is no power of two from 32 on; use one, or strategy: token",
+    ),
+    "activation-groups-across-weight-groups": (
+        request(
+            layer={"hidden_size": 192},
+            gate_up=grouped(96),
+            input_activations=ActivationSpec(format="int8", strategy="group", group_size=64),
+            **INT8_INPUT,
+        ),
+        "activations: group_size=64 and 96 of the weights: one must divide the other",
+    ),
+    "fp8-activations-before-ada": (
+        request(
+            Device("cuda", 0, (8, 0)),
+            input_activations=ActivationSpec(format="fp8"),
+            gate_up_format=FORMATS["fp8"],
+            activation_format=FORMATS["fp8"],
+        ),
+        "fp8 activations need compute capability 8.9, cuda:0 has 8.0",
+    ),
+    "fp8-scales-before-ada": (
+        request(Device("cuda", 0, (8, 0)), gate_up=SPECS["nvfp4"], gate_up_format=FORMATS["fp4"]),
+        "scale_dtype float8_e4m3fn needs compute capability 8.9, cuda:0 has 8.0",
+    ),
+    "inexact-activations": (
+        request(input_activations=ActivationSpec(format="fp8"), activation_format=FORMATS["fp8"]),
+        "weights of format int8 are not exact as torch.float8_e4m3fn, the activations' type",
+    ),
     "no-decode": (request(gate_up_format=Undecodable(torch.int8)), "format int8 has no triton_decode"),
     "small-groups": (request(down=grouped(8)), "group_size=8 is below 16"),
-    "block": (
-        request(gate_up=WeightSpec(format="int8", strategy="block", block_structure=(128, 128))),
-        "strategy block is none of tensor, channel, group",
-    ),
 }
 
 
@@ -84,7 +129,7 @@ def test_the_triton_kernel_says_that_triton_is_missing(monkeypatch):
     assert "triton is not installed" in TritonKernel().reason_against(request())
 
 
-@pytest.mark.parametrize("name", ["input-activations", "intermediate", "activation", "block"])
+@pytest.mark.parametrize("name", ["tensor-activations", "ragged-activations", "activation"])
 def test_the_cpu_kernel_gives_the_same_reasons(name):
     asked, reason = REASONS[name]
     assert reason in CpuKernel().reason_against(replace(asked, device=Device("cpu")))
@@ -116,6 +161,48 @@ def test_the_interpreter_is_never_chosen_for_a_user(monkeypatch):
 
 def test_each_kernel_names_the_layout_it_reads():
     assert (TritonKernel().layout, CpuKernel().layout) == (INTERLEAVED, CONCATENATED)
+    assert CpuKernel().layout_for(request(Device("cpu"))) == CONCATENATED
+
+
+def words_of(spec, H, activations=None):
+    """Return whether the GPU's layout has words in w13, for weights under spec with K=H."""
+    fmt = Unquantized(torch.bfloat16) if spec is None else FORMATS[spec.format]
+    of_activations = None if activations is None else FORMATS[activations.format]
+    asked = request(
+        layer={"hidden_size": H},
+        gate_up=spec,
+        gate_up_format=fmt,
+        input_activations=activations,
+        activation_format=of_activations,
+    )
+    layout = TritonKernel().layout_for(asked)
+    assert layout.w2_words  # int8, K=128
+    return layout.w13_words
+
+
+@pytest.mark.parametrize(
+    ("spec", "K", "activations", "words"),
+    [
+        (None, 64, None, False),
+        (CHANNEL, 64, None, True),
+        (CHANNEL, 48, None, False),  # rows of bytes, not of whole words
+        (CHANNEL, 64, TOKEN["int8"], False),  # the tensor cores take the bytes as they lie
+        (WeightSpec(format="int8", symmetric=False), 64, TOKEN["int8"], True),  # minus a zero point they have nine bits
+        (grouped(16), 64, None, True),
+        (grouped(32), 64, None, True),
+        (grouped(48), 96, None, False),
+        (grouped(96), 96, None, True),
+        (WeightSpec(format="fp8"), 64, TOKEN["fp8"], False),
+        (blocks("fp8", 64, 128), 160, None, True),
+        (SPECS["mxfp4"], 64, None, True),
+        (SPECS["mxfp4"], 64, TOKEN["fp8"], True),
+        (WeightSpec(format="int4"), 64, TOKEN["int8"], True),
+        (WeightSpec(format="int4"), 96, None, False),  # refused
+    ],
+    ids=str,
+)
+def test_decoded_weights_lie_in_words_where_a_step_over_k_can_be_whole_runs(spec, K, activations, words):
+    assert words_of(spec, K, activations) == words
 
 
 def test_the_host_halves_import_without_triton():

@@ -6,6 +6,9 @@ from typing import Any
 
 from moeplug.kernels.select import Device, ExpertsForward, Kernel, KernelRequest, Selection, select_kernel
 
+# Functions that a format's triton_decode returns: int8, int4 (-8 to 7), 0 to 15, e4m3, e2m1, NormalFloat4.
+DECODERS = ("decode_int8", "decode_int4", "decode_uint4", "decode_e4m3", "decode_e2m1", "decode_nf4")
+
 __all__ = [
     "Device",
     "ExpertsForward",
@@ -13,7 +16,7 @@ __all__ = [
     "KernelRequest",
     "Selection",
     "core_kernels",
-    "decode_identity",
+    *DECODERS,
     "select_kernel",
 ]
 
@@ -27,8 +30,8 @@ def core_kernels() -> tuple[Kernel, ...]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "decode_identity":  # triton is imported only where a decode function is wanted
-        from moeplug.kernels._fused_moe import decode_identity
+    if name in DECODERS:  # triton is imported only where a decode function is wanted
+        from moeplug.kernels import decode
 
-        return decode_identity
+        return getattr(decode, name)
     raise AttributeError(f"module 'moeplug.kernels' has no attribute {name!r}")

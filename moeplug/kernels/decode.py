@@ -1,0 +1,454 @@
+"""Turn tiles of stored weights into what tensor cores multiply, in few register instructions per weight.
+
+A format's `triton_decode()` returns one of these, or a function of its own with the same signature:
+
+    decode(words, DTYPE) -> tuple of tiles
+
+words is a tile of 16-bit words, uint16, each holding 16 / bits weights, lowest bits first; the tuple has one tile of
+their values for each place in a word, in any type that converts exactly to DTYPE, the triton type that will be
+multiplied. The core applies scales and zero points. (A word looks like a bfloat16 to the compiler: it is loaded from
+shared memory in the very places of the 16-bit operand, four times faster than bytes.)
+
+Conversion instructions run at a quarter of the rate of logic (CUDA programming guide, table of throughputs), so 16-bit
+floats are put together from bits: 0x4300 | n is 128 + n as a bfloat16, for n below 128; one fma takes the 128 away.
+Small floats are moved to where a 16-bit float has its exponent and mantissa, and one multiplication by a power of two
+corrects the bias, subnormal numbers included. Under triton's interpreter, and for other DTYPEs, plain conversions are
+used; tests hold both ways to the same numbers.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+
+@triton.jit
+def decode_identity(words, DTYPE: tl.constexpr):
+    """Return 16-bit floats as they are; the core reads unquantized weights in their own type."""
+    return (words,)
+
+
+# Which of the two triton.jit made of the functions here; it decides when a function is decorated, not when it runs.
+INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(decode_identity, JITFunction))
+
+
+@triton.jit
+def decode_int8(words, DTYPE: tl.constexpr):
+    """Return two signed bytes: 1.75 instructions a weight in bfloat16, 1.5 in float16."""
+    if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, a, b, one;
+            mov.b32 one, 0x3F803F80;
+            lop3.b32 a, $2, 0x007F007F, 0x43004300, 0xEA;  // 128 + the low seven bits
+            lop3.b32 b, $2, 0x00800080, 0xC300C300, 0xEA;  // -128, or -256 where the sign is set
+            fma.rn.bf16x2 $0, a, one, b;
+            shr.u32 w, $2, 8;
+            lop3.b32 a, w, 0x007F007F, 0x43004300, 0xEA;  // 128 + the low seven bits
+            lop3.b32 b, w, 0x00800080, 0xC300C300, 0xEA;  // -128, or -256 where the sign is set
+            fma.rn.bf16x2 $1, a, one, b;
+            }
+            """,
+            "=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 u, w, bias;
+            mov.b32 bias, 0xE480E480;  // -1152
+            xor.b32 u, $2, 0x80808080;
+            lop3.b32 w, u, 0x00FF00FF, 0x64006400, 0xEA;  // 1024 + 128 + n
+            add.rn.f16x2 $0, w, bias;
+            shr.u32 u, u, 8;
+            lop3.b32 w, u, 0x00FF00FF, 0x64006400, 0xEA;
+            add.rn.f16x2 $1, w, bias;
+            }
+            """,
+            "=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        values = (
+            (words & 255).to(tl.uint8).to(tl.int8, bitcast=True),
+            (words >> 8).to(tl.uint8).to(tl.int8, bitcast=True),
+        )
+    return values
+
+
+@triton.jit
+def _nibble(words, SHIFT: tl.constexpr):
+    """Return four bits of each word, uint16."""
+    return (words >> SHIFT) & 15
+
+
+@triton.jit
+def _e2m1(code):
+    """Return what codes of four bits mean, float32."""
+    magnitude = (code & 7).to(tl.int32)
+    exponent, mantissa = magnitude >> 1, magnitude & 1
+    value = tl.where(exponent == 0, 2 * mantissa, (2 + mantissa) << exponent).to(tl.float32) * 0.25
+    return tl.where(code >= 8, -value, value)
+
+
+@triton.jit
+def decode_uint4(words, DTYPE: tl.constexpr):
+    """Return four nibbles as 0 to 15: 1.4 instructions a weight."""
+    if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, one, bias;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 bias, 0xC300C300;  // -128
+            lop3.b32 t, $4, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, t, one, bias;
+            shr.u32 w, $4, 4;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $1, t, one, bias;
+            shr.u32 w, $4, 8;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $2, t, one, bias;
+            shr.u32 w, $4, 12;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $3, t, one, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, bias;
+            mov.b32 bias, 0xE400E400;  // -1024
+            lop3.b32 t, $4, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $0, t, bias;
+            shr.u32 w, $4, 4;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $1, t, bias;
+            shr.u32 w, $4, 8;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $2, t, bias;
+            shr.u32 w, $4, 12;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $3, t, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        values = (
+            _nibble(words, 0).to(tl.int8),
+            _nibble(words, 4).to(tl.int8),
+            _nibble(words, 8).to(tl.int8),
+            _nibble(words, 12).to(tl.int8),
+        )
+    return values
+
+
+@triton.jit
+def decode_int4(words, DTYPE: tl.constexpr):
+    """Return four nibbles less 8, -8 to 7: 1.4 instructions a weight."""
+    if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, one, bias;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 bias, 0xC308C308;  // -136
+            lop3.b32 t, $4, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, t, one, bias;
+            shr.u32 w, $4, 4;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $1, t, one, bias;
+            shr.u32 w, $4, 8;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $2, t, one, bias;
+            shr.u32 w, $4, 12;
+            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $3, t, one, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, bias;
+            mov.b32 bias, 0xE408E408;  // -1032
+            lop3.b32 t, $4, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $0, t, bias;
+            shr.u32 w, $4, 4;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $1, t, bias;
+            shr.u32 w, $4, 8;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $2, t, bias;
+            shr.u32 w, $4, 12;
+            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
+            add.rn.f16x2 $3, t, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        values = (
+            _nibble(words, 0).to(tl.int8) - 8,
+            _nibble(words, 4).to(tl.int8) - 8,
+            _nibble(words, 8).to(tl.int8) - 8,
+            _nibble(words, 12).to(tl.int8) - 8,
+        )
+    return values
+
+
+@triton.jit
+def decode_e2m1(words, DTYPE: tl.constexpr):
+    """Return four e2m1 numbers: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives (OCP MX v1.0)."""
+    if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, bias, nought;
+            mov.b32 bias, 0x7E807E80;  // 2**126
+            mov.b32 nought, 0x80008000;
+            and.b32 t, $4, 0x000F000F;
+            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+            and.b32 t, t, 0x81C081C0;
+            fma.rn.bf16x2 $0, t, bias, nought;
+            shr.u32 w, $4, 4;
+            and.b32 t, w, 0x000F000F;
+            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+            and.b32 t, t, 0x81C081C0;
+            fma.rn.bf16x2 $1, t, bias, nought;
+            shr.u32 w, $4, 8;
+            and.b32 t, w, 0x000F000F;
+            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+            and.b32 t, t, 0x81C081C0;
+            fma.rn.bf16x2 $2, t, bias, nought;
+            shr.u32 w, $4, 12;
+            and.b32 t, w, 0x000F000F;
+            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+            and.b32 t, t, 0x81C081C0;
+            fma.rn.bf16x2 $3, t, bias, nought;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, u, bias;
+            mov.b32 bias, 0x74007400;  // 2**14
+            shl.b32 u, $4, 9;
+            and.b32 u, u, 0x0E000E00;
+            shl.b32 t, $4, 12;
+            lop3.b32 t, t, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $0, t, bias;
+            shr.u32 w, $4, 4;
+            shl.b32 u, w, 9;
+            and.b32 u, u, 0x0E000E00;
+            shl.b32 t, w, 12;
+            lop3.b32 t, t, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $1, t, bias;
+            shr.u32 w, $4, 8;
+            shl.b32 u, w, 9;
+            and.b32 u, u, 0x0E000E00;
+            shl.b32 t, w, 12;
+            lop3.b32 t, t, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $2, t, bias;
+            shr.u32 w, $4, 12;
+            shl.b32 u, w, 9;
+            and.b32 u, u, 0x0E000E00;
+            shl.b32 t, w, 12;
+            lop3.b32 t, t, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $3, t, bias;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        values = (
+            _e2m1(_nibble(words, 0)),
+            _e2m1(_nibble(words, 4)),
+            _e2m1(_nibble(words, 8)),
+            _e2m1(_nibble(words, 12)),
+        )
+    return values
+
+
+@triton.jit
+def decode_e4m3(words, DTYPE: tl.constexpr):
+    """Return two e4m3 numbers (fn: no infinities; its NaN is never stored): 2.25 instructions a weight."""
+    if not INTERPRETED and (DTYPE == tl.bfloat16 or DTYPE == tl.float32):  # noqa: SIM300  before Ada there is no fp8
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, u, bias, nought;
+            mov.b32 bias, 0x7B807B80;  // 2**120
+            mov.b32 nought, 0x80008000;
+            shl.b32 w, $2, 8;
+            shr.u32 u, w, 4;
+            and.b32 u, u, 0x07F007F0;
+            lop3.b32 t, w, 0x80008000, u, 0xEA;
+            fma.rn.bf16x2 $0, t, bias, nought;
+            shr.u32 u, $2, 4;
+            and.b32 u, u, 0x07F007F0;
+            lop3.b32 t, $2, 0x80008000, u, 0xEA;
+            fma.rn.bf16x2 $1, t, bias, nought;
+            }
+            """,
+            "=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, t, u, bias;
+            mov.b32 bias, 0x5C005C00;  // 2**8
+            shl.b32 w, $2, 8;
+            shr.u32 u, w, 1;
+            and.b32 u, u, 0x3F803F80;
+            lop3.b32 t, w, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $0, t, bias;
+            shr.u32 u, $2, 1;
+            and.b32 u, u, 0x3F803F80;
+            lop3.b32 t, $2, 0x80008000, u, 0xEA;
+            mul.rn.f16x2 $1, t, bias;
+            }
+            """,
+            "=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        values = (
+            (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True),
+            (words >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True),
+        )
+    return values
+
+
+@triton.jit
+def decode_nf4(words, DTYPE: tl.constexpr):
+    """Return four NormalFloat4 numbers (QLoRA, arXiv 2305.14314, appendix E), float32."""
+    return (_nf4(_nibble(words, 0)), _nf4(_nibble(words, 4)), _nf4(_nibble(words, 8)), _nf4(_nibble(words, 12)))
+
+
+@triton.jit
+def _nf4(code):
+    """Return a codebook's 16 values by a tree of selections over the bits of the code."""
+    b0, b1, b2 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0
+    n0 = tl.where(b0, -0.6961928009986877, -1.0)
+    n1 = tl.where(b0, -0.39491748809814453, -0.5250730514526367)
+    n2 = tl.where(b0, -0.18477343022823334, -0.28444138169288635)
+    n3 = tl.where(b0, 0.0, -0.09105003625154495)
+    p0 = tl.where(b0, 0.16093020141124725, 0.07958029955625534)
+    p1 = tl.where(b0, 0.33791524171829224, 0.24611230194568634)
+    p2 = tl.where(b0, 0.5626170039176941, 0.44070982933044434)
+    p3 = tl.where(b0, 1.0, 0.7229568362236023)
+    negative = tl.where(b2, tl.where(b1, n3, n2), tl.where(b1, n1, n0))
+    positive = tl.where(b2, tl.where(b1, p3, p2), tl.where(b1, p1, p0))
+    return tl.where((code & 8) != 0, positive, negative).to(tl.float32)
+
+
+@triton.jit
+def decode_e2m1_small(words, DTYPE: tl.constexpr):
+    """Return four e2m1 numbers times 2**-126, bfloat16: their bits in place, exponents not corrected."""
+    tl.static_assert(DTYPE == tl.bfloat16)  # noqa: SIM300
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 w, t;
+        and.b32 t, $4, 0x000F000F;
+        mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+        and.b32 $0, t, 0x81C081C0;
+        shr.u32 w, $4, 4;
+        and.b32 t, w, 0x000F000F;
+        mul.lo.u32 t, t, 0x1040;
+        and.b32 $1, t, 0x81C081C0;
+        shr.u32 w, $4, 8;
+        and.b32 t, w, 0x000F000F;
+        mul.lo.u32 t, t, 0x1040;
+        and.b32 $2, t, 0x81C081C0;
+        shr.u32 w, $4, 6;
+        and.b32 t, w, 0x01C001C0;
+        lop3.b32 $3, $4, 0x80008000, t, 0xEA;
+        }
+        """,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def decode_e4m3_small(words, DTYPE: tl.constexpr):
+    """Return two e4m3 numbers times 2**-120, bfloat16: their bits in place, exponents not corrected."""
+    tl.static_assert(DTYPE == tl.bfloat16)  # noqa: SIM300
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 w, u;
+        shl.b32 w, $2, 8;
+        shr.u32 u, w, 4;
+        and.b32 u, u, 0x07F007F0;
+        lop3.b32 $0, w, 0x80008000, u, 0xEA;
+        shr.u32 u, $2, 4;
+        and.b32 u, u, 0x07F007F0;
+        lop3.b32 $1, $2, 0x80008000, u, 0xEA;
+        }
+        """,
+        "=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+# Where a power of two multiplies every weight anyway (a microscaling scale), it can correct the exponents too.
+SMALL = {decode_e2m1: (decode_e2m1_small, 126), decode_e4m3: (decode_e4m3_small, 120)}
