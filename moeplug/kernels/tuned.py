@@ -1,0 +1,284 @@
+"""Tables of measured schedules: those that moeplug ships and the user's own. JSON, checked when read; never pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+
+from moeplug.errors import InputOutputError
+from moeplug.kernels.schedule import Blocks, Numbers, Schedule
+from moeplug.kernels.select import Device
+
+VERSION: Final = 1  # of the file; another one is refused
+SHIPPED: Final = Path(__file__).parent / "tables"
+MOST_BYTES: Final = 16 << 20  # of a file: 50,000 cells
+
+log = logging.getLogger("moeplug")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a schedule was measured for, the number of tokens apart. gate_up, down: `Numbers.kind`."""
+
+    E: int
+    H: int
+    I: int
+    T: int
+    gate_up: str
+    down: str
+
+    @classmethod
+    def of(cls, T: int, E: int, H: int, I: int, gate_up: Numbers, down: Numbers) -> Key:
+        """Return the key of a call."""
+        return cls(E, H, I, T, gate_up.kind, down.kind)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: the fastest schedule for M tokens. run: the index of the run that found it."""
+
+    key: Key
+    M: int
+    time_us: float
+    sort: bool
+    half: bool
+    first: Blocks
+    second: Blocks
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured on one kind of device. runs: how: command, date, seconds, versions."""
+
+    device: str
+    compute_capability: tuple[int, int]
+    runs: tuple[Mapping[str, Any], ...] = ()
+    cells: tuple[Cell, ...] = ()
+
+    def with_cells(self, cells: Iterable[Cell], run: Mapping[str, Any]) -> Table:
+        """Return a table with one more run, whose cells take the place of older ones for the same key and M.
+
+        Runs that have no cell left are dropped.
+        """
+        kept = {(cell.key, cell.M): cell for cell in self.cells}
+        kept |= {(cell.key, cell.M): replace(cell, run=len(self.runs)) for cell in cells}
+        runs = [*self.runs, run]
+        used = sorted({cell.run for cell in kept.values()})
+        numbered = [replace(cell, run=used.index(cell.run)) for cell in kept.values()]
+        return replace(self, runs=tuple(runs[i] for i in used), cells=tuple(sorted(numbered, key=_order)))
+
+    def of(self, key: Key) -> tuple[Cell, ...]:
+        """Return the key's cells."""
+        return _by_key(self).get(key, ())
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    key = cell.key
+    return key.gate_up, key.down, key.E, key.H, key.I, key.T, cell.M
+
+
+@lru_cache(maxsize=64)
+def _grouped(cells: tuple[Cell, ...]) -> dict[Key, tuple[Cell, ...]]:
+    grouped: dict[Key, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.key, []).append(cell)
+    return {key: tuple(found) for key, found in grouped.items()}
+
+
+def _by_key(table: Table) -> dict[Key, tuple[Cell, ...]]:
+    return _grouped(table.cells)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule that was timed, whether it won or not."""
+
+    key: Key
+    M: int
+    time_us: float
+    schedule: Schedule
+
+    @property
+    def cell(self) -> Cell:
+        """Return the row as a table keeps it."""
+        schedule = self.schedule
+        time_us = round(self.time_us, 2)
+        return Cell(self.key, self.M, time_us, not schedule.pairs, schedule.half, schedule.first, schedule.second)
+
+
+def table_from_rows(
+    rows: Iterable[Row], device: str, compute_capability: tuple[int, int], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a table, as JSON has it, of the fastest row for each key and M. run: how the rows were measured."""
+    fastest: dict[tuple[Key, int], Row] = {}
+    for row in rows:
+        best = fastest.setdefault((row.key, row.M), row)
+        if row.time_us < best.time_us:
+            fastest[row.key, row.M] = row
+    return as_dict(Table(device, compute_capability).with_cells([row.cell for row in fastest.values()], run))
+
+
+def tables_for(device: Device) -> tuple[Table, ...]:
+    """Return the tables that hold for a device, best first: the user's own, one of its name, one of its capability.
+
+    The user's own holds for its device alone: a home directory may serve several machines. A shipped one is better than
+    rules for a sibling too: an H200 has the multiprocessors of an H100.
+    """
+    user, shipped = _all_tables()
+    named = [t for t in (*user, *shipped) if t.device == device.name]
+    siblings = [t for t in shipped if t not in named and t.compute_capability == device.compute_capability]
+    return (*named, *siblings)
+
+
+@lru_cache(maxsize=1)
+def _all_tables() -> tuple[tuple[Table, ...], tuple[Table, ...]]:
+    """Return the user's tables and the shipped ones; a file that cannot be used is a warning, once."""
+    return _read_folder(cache_folder()), _read_folder(SHIPPED)
+
+
+def forget() -> None:
+    """Read the tables anew when they are next asked for."""
+    _all_tables.cache_clear()
+
+
+def cache_folder() -> Path:
+    """Return the folder of the user's tables."""
+    return platformdirs.user_cache_path("moeplug", appauthor=False) / "tuning"
+
+
+def cache_path(device: str) -> Path:
+    """Return the file of the user's table for a device of this name."""
+    return cache_folder() / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-') or 'gpu'}.json"
+
+
+def _read_folder(folder: Path) -> tuple[Table, ...]:
+    tables = []
+    try:
+        paths = sorted(folder.glob("*.json"))
+    except OSError:
+        return ()
+    for path in paths:
+        try:
+            tables.append(read_table(path))
+        except (InputOutputError, ValueError) as error:
+            log.warning("%s; it is not used: correct it, delete it, or run `moeplug tune-kernels` anew", error)
+    return tuple(tables)
+
+
+def read_table(path: Path) -> Table:
+    """Return the table in a file; raise InputOutputError or, where the file is wrong, ValueError that names it."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path}: larger than {MOST_BYTES} bytes, which no table is")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputOutputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a tuning table: {error}") from error
+    try:
+        return parse_table(json.loads(text))
+    except (ValueError, RecursionError) as error:  # json's own error is a ValueError
+        raise ValueError(f"{path}: not a tuning table: {error}") from error
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table, whole or not at all; raise InputOutputError."""
+    data = as_dict(table)
+    lists = {name: ",\n  ".join(map(json.dumps, data.pop(name))) for name in ("runs", "cells")}  # a cell is a line
+    fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()]
+    fields += [f'"{name}": [\n  {lines}\n ]' for name, lines in lists.items()]
+    text = "{\n " + ",\n ".join(fields) + "\n}"
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            file.write(text + "\n")
+        os.chmod(temporary, 0o644)  # noqa: PTH101
+        os.replace(temporary, path)  # noqa: PTH105
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def as_dict(table: Table) -> dict[str, Any]:
+    """Return a table as JSON has it."""
+    return {
+        "version": VERSION,
+        "device": table.device,
+        "compute_capability": list(table.compute_capability),
+        "runs": [dict(run) for run in table.runs],
+        "cells": [
+            {
+                "E": cell.key.E, "H": cell.key.H, "I": cell.key.I, "T": cell.key.T,
+                "gate_up": cell.key.gate_up, "down": cell.key.down, "M": cell.M, "time_us": cell.time_us,
+                "sort": cell.sort, "half": cell.half, "first": str(cell.first), "second": str(cell.second),
+                "run": cell.run,
+            }
+            for cell in table.cells
+        ],
+    }  # fmt: skip
+
+
+def parse_table(data: Any) -> Table:
+    """Return the table that `as_dict` wrote; raise ValueError that says where and what was expected."""
+    _expect(isinstance(data, dict), "expected an object")
+    version = data.get("version")
+    _expect(version == VERSION, f"version is {version!r}; expected {VERSION}")
+    capability = data.get("compute_capability")
+    _expect(
+        isinstance(capability, list) and len(capability) == 2 and all(type(n) is int for n in capability),
+        f"compute_capability is {capability!r}; expected for example [9, 0]",
+    )
+    _expect(isinstance(data.get("device"), str), f"device is {data.get('device')!r}; expected a name")
+    runs, cells = data.get("runs"), data.get("cells")
+    _expect(isinstance(runs, list) and all(isinstance(run, dict) for run in runs), "runs: expected a list of objects")
+    _expect(isinstance(cells, list), "cells: expected a list")
+    parsed = tuple(_parse_cell(cell, f"cells[{i}]", len(runs)) for i, cell in enumerate(cells))
+    return Table(data["device"], (capability[0], capability[1]), tuple(runs), parsed)
+
+
+def _parse_cell(data: Any, where: str, runs: int) -> Cell:
+    _expect(isinstance(data, dict), f"{where}: expected an object")
+    sizes = {}
+    for name in ("E", "H", "I", "T", "M"):
+        value = data.get(name)
+        _expect(type(value) is int and value > 0, f"{where}.{name} is {value!r}; expected a positive integer")
+        sizes[name] = value
+    for name in ("gate_up", "down"):
+        _expect(
+            isinstance(data.get(name), str), f"{where}.{name} is {data.get(name)!r}; expected for example 'w4 g32 x16'"
+        )
+    time_us, run = data.get("time_us"), data.get("run", 0)
+    _expect(type(time_us) in (int, float) and time_us > 0, f"{where}.time_us is {time_us!r}; expected microseconds")
+    for name in ("sort", "half"):
+        _expect(type(data.get(name)) is bool, f"{where}.{name} is {data.get(name)!r}; expected true or false")
+    _expect(type(run) is int and 0 <= run < runs, f"{where}.run is {run!r}; expected an index of runs")
+    M = sizes.pop("M")
+    key = Key(**sizes, gate_up=data["gate_up"], down=data["down"])
+    first, second = _parse_blocks(data, "first", where), _parse_blocks(data, "second", where)
+    return Cell(key, M, float(time_us), data["sort"], data["half"], first, second, run)
+
+
+def _parse_blocks(data: Mapping[str, Any], name: str, where: str) -> Blocks:
+    try:
+        return Blocks.parse(data[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}.{name}: {error}") from error
+
+
+def _expect(true: bool, message: str) -> None:
+    if not true:
+        raise ValueError(message)
