@@ -27,7 +27,7 @@ from moeplug.kernels.fused_moe import TritonExperts, TritonKernel
 from moeplug.kernels.operands import operand
 from moeplug.kernels.schedule import Blocks, Schedule
 from moeplug.kernels.select import Device, ExpertsForward, KernelRequest
-from moeplug.spec import WeightSpec
+from moeplug.spec import ActivationSpec, WeightSpec
 
 H100: Final = Device("cuda", 0, (9, 0))
 
@@ -51,7 +51,7 @@ class Forced(TritonKernel):
 def _schedules() -> dict[str, Schedule]:
     """Every road through the kernels that an interpreter can take (TMA is none)."""
     plain, swapped = Blocks(16, 64, 64, 2, 4, 2), Blocks(16, 64, 128, 1, 4, 2, SWAP=True)
-    tall = Blocks(64, 64, 64, 8, 4, 2)
+    tall, wide = Blocks(64, 64, 64, 8, 4, 2), Blocks(16, 128, 64, 2, 4, 2)
     return {
         "sorted": Schedule(0, plain, plain),
         "sorted-swap": Schedule(0, swapped, swapped),
@@ -59,6 +59,7 @@ def _schedules() -> dict[str, Schedule]:
         "pairs": Schedule(32, plain, plain),
         "pairs-swap-split": Schedule(32, swapped, replace(swapped, BLOCK_K=64, SPLIT_K=2)),
         "half": Schedule(0, tall, replace(tall, SWAP=True)),
+        "wide": Schedule(0, wide, plain),  # the first product quantizes groups of 64 itself
     }
 
 
@@ -66,6 +67,8 @@ def _forced_cases() -> dict[str, tuple[Case, Schedule]]:
     """Every schedule with weights of every kind. An expert gets 0 to 24 of 24 pairs: full, half and empty blocks."""
     clamped: dict[str, Any] = {"activation": "swiglu_clamped", "activation_limit": 0.7}
     both: dict[str, Any] = {"input_activations": TOKEN["int8"], "intermediate": TOKEN["int8"]}
+    of_64 = ActivationSpec(format="fp8", strategy="group", group_size=64)
+    groups: dict[str, Any] = {"input_activations": of_64, "intermediate": of_64}
     kinds: dict[str, tuple[WeightSpec | None, dict[str, Any]]] = {
         "unquantized": (None, {"weight_dtype": "float16"}),
         "int8-words": (WeightSpec(format="int8", symmetric=False), {"bias": True, **clamped}),
@@ -75,12 +78,15 @@ def _forced_cases() -> dict[str, tuple[Case, Schedule]]:
         "mxfp4": (SPECS["mxfp4"], {"bias": True}),
         "fp8-block": (blocks("fp8", 64, 64), {}),
         "int8-w8a8": (WeightSpec(format="int8"), both),
+        "fp8-groups": (WeightSpec(format="fp8"), groups),
         "w4a8": (grouped("int4", 64), both | {"intermediate": TOKEN["fp8"]}),
     }
     cases = {}
     for schedule_name, schedule in _schedules().items():
         for kind, (spec, fields) in kinds.items():
             fields = {"M": 12, "H": 128, "I": 128, "gate_up": spec, "down": spec, "ids": "hostile"} | fields
+            if schedule_name == "wide" and kind != "fp8-groups":
+                continue
             if schedule_name == "half":  # of 70 pairs one expert has 64 and some more, or fewer than 32
                 fields |= {"M": 70, "T": 1, "E": 2}
             cases[f"{schedule_name}-{kind}"] = (Case(f"{schedule_name}-{kind}", **fields), schedule)

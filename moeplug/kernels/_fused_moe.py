@@ -1,9 +1,9 @@
 """The device half of the fused MoE kernel: prepare, two gathered products, and a sum in fixed order.
 
     prepare_kernel   pairs grouped by expert, a table of blocks     and, where a scheme says so, hidden quantized
-    gate_up_kernel   h[row] = act(x @ gate.T) * (x @ up.T)          a block of one expert's pairs, BLOCK_N rows of w13
-    quantize_kernel  h quantized by token                           where a scheme says so
-    down_kernel      partial[pair] = topk_weight * (h @ down.T)     the same blocks
+    experts_kernel   h[row] = act(x @ gate.T) * (x @ up.T)          a block of one expert's pairs, BLOCK_N rows of w13
+    quantize_kernel  h quantized                                    where a scheme says so and the first could not
+    experts_kernel   partial[pair] = topk_weight * (h @ down.T)     the same blocks
     sum_kernel       out[token] = partial[token, 0] + ... + partial[token, T - 1]
 
 With few pairs nothing is sorted: a program reads all ids and finds the pairs of its expert by itself (PAIRS > 0), and
@@ -88,12 +88,19 @@ def _quantize_rows(
     WIDTH: tl.constexpr = GROUP if GROUP > 0 else BLOCK_K
     GROUPS: tl.constexpr = BLOCK_K // WIDTH
     x = tl.reshape(x, (BLOCK_R, GROUPS, WIDTH))
-    amax = tl.max(tl.abs(x), 2)
-    scale = tl.where(amax == 0, 1.0, amax * (1.0 / MAX_VALUE))
+    scale = _scale_of(x, MAX_VALUE)
     q = _encode(tl.reshape(x * (1.0 / scale)[:, :, None], (BLOCK_R, BLOCK_K)), q_ptr.dtype.element_ty, MAX_VALUE)
     tl.store(q_ptr + row[:, None] * K + offs[None, :], q, mask=mask)
     group, C = tl.arange(0, GROUPS), tl.cdiv(K, WIDTH) if GROUP > 0 else 1
     tl.store(scale_ptr + row[:, None] * C + group[None, :], scale, mask=(row < rows)[:, None] & (group < C)[None, :])
+
+
+@triton.jit
+def _scale_of(x, MAX_VALUE: tl.constexpr):
+    """Return amax / MAX_VALUE along the last of three axes: 1 where amax is 0, NaN where a value is (max drops it)."""
+    amax = tl.max(tl.abs(x), 2)
+    scale = tl.where(amax == 0, 1.0, amax * (1.0 / MAX_VALUE))
+    return tl.where(tl.max((x != x).to(tl.int32), 2) > 0, float("nan"), scale)
 
 
 @triton.jit
@@ -656,8 +663,7 @@ def _block_of_pairs(
             tl.static_assert(not SWAP)
             GROUPS: tl.constexpr = BLOCK_N // 2 // OUT_GROUP
             h = tl.reshape(h.to(HIDDEN_DTYPE).to(tl.float32), (BLOCK_M, GROUPS, OUT_GROUP))
-            amax = tl.max(tl.abs(h), 2)
-            h_scale = tl.where(amax == 0, 1.0, amax * (1.0 / MAX_VALUE))
+            h_scale = _scale_of(h, MAX_VALUE)
             h = tl.reshape(h * (1.0 / h_scale)[:, :, None], (BLOCK_M, BLOCK_N // 2))
             h = _encode(h, out_ptr.dtype.element_ty, MAX_VALUE)
             groups = tile_n * GROUPS + tl.arange(0, GROUPS)

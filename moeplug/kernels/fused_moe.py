@@ -182,16 +182,20 @@ class _Planner:
 
     def launches(self) -> list[Launch]:
         """Return the launches in order, with their workspace reserved."""
-        x, h = self._ref("hidden"), self._workspace.add("h", (self.P, self.I), self._hidden.dtype)
-        launches = self._prepare()
+        x, launches = self._ref("hidden"), self._prepare()
         x_scale, h_scale, strides = None, None, (self._hidden.stride(0), self._hidden.stride(1))
         if self._request.input_activations:
             x, x_scale, strides = self._ref("x_quantized"), self._ref("x_scale"), (self.H, 1)
-        launches.append(self._product(0, x, strides, x_scale, h, self.I))
-        if self._request.intermediate:
-            spec, fmt = self._request.intermediate, self._request.intermediate_format
-            launches.append(self._quantize("h", h, (self.I, 1), (self.P, self.I), spec, fmt))
-            h, h_scale = self._ref("h_quantized"), self._ref("h_scale")
+        spec, fmt = self._request.intermediate, self._request.intermediate_format
+        if self._first_quantizes(spec):
+            h, h_scale = self._quantized("h", self.P, self.I, spec, fmt)
+            launches.append(self._product(0, x, strides, x_scale, h, self.I, h_scale))
+        else:
+            h = self._workspace.add("h", (self.P, self.I), self._hidden.dtype)
+            launches.append(self._product(0, x, strides, x_scale, h, self.I))
+            if spec:
+                launches.append(self._quantize("h", h, (self.I, 1), (self.P, self.I), spec, fmt))
+                h, h_scale = self._ref("h_quantized"), self._ref("h_scale")
         second = self.schedule.second
         large = self.P * self.H * 4 * second.SPLIT_K > LARGE_PARTIAL_BYTES
         dtype = self._hidden.dtype if large else torch.float32
@@ -199,6 +203,11 @@ class _Planner:
         launches.append(self._product(1, h, (self.I, 1), h_scale, partial, self.H))
         launches.append(self._sum(partial))
         return launches
+
+    def _first_quantizes(self, spec: ActivationSpec | None) -> bool:
+        """Return whether tiles of the first product hold whole groups of h, which it can then quantize itself."""
+        blocks, group = self.schedule.first, (spec.group_size or 0) if spec else 0
+        return group > 0 and blocks.BLOCK_N // 2 % group == 0 and self.I % group == 0 and not blocks.SWAP
 
     def _prepare(self) -> list[Launch]:
         """Return what comes before the first product: sorting, quantization of hidden, or nothing."""
@@ -255,9 +264,10 @@ class _Planner:
         return {"K": K, f"{prefix}GROUP": group, "BLOCK_R": rows, "BLOCK_K": width, "MAX_VALUE": maximum}
 
     def _product(
-        self, which: int, x: Ref, strides: tuple[int, int], x_scale: Ref | None, out: Ref, out_width: int
-    ) -> Launch:
-        """Return the launch of the first or the second product."""
+        self, which: int, x: Ref, strides: tuple[int, int], x_scale: Ref | None, out: Ref, out_width: int,
+        out_scale: Ref | None = None,
+    ) -> Launch:  # fmt: skip
+        """Return the launch of the first or the second product. out_scale: the first one quantizes what it gives."""
         request, operand, dot = self._request, self._x._operands[which], self._dots[which]
         blocks = self.schedule.second if which else self.schedule.first
         layer, tiles_n = request.layer, -(-operand.N // blocks.BLOCK_N)
@@ -280,7 +290,7 @@ class _Planner:
             "ids_ptr": self._ref("topk_ids") if pairs else None,
             "stride_im": self._topk_ids.stride(0), "stride_it": self._topk_ids.stride(1),
             "pairs_ptr": None if pairs else self._ref("pairs"), "table_ptr": None if pairs else self._ref("table"),
-            "out_ptr": out, "stride_om": out_width, "out_scale_ptr": None,
+            "out_ptr": out, "stride_om": out_width, "out_scale_ptr": out_scale,
             "alpha": float(layer.activation_alpha), "limit": float(layer.activation_limit or float("inf")),
             "offset": float(layer.activation_offset),
             "T": self.T, "P": self.P, "E": self.E, "N": operand.N, "K": K,
@@ -291,7 +301,9 @@ class _Planner:
             "SCALE_WEIGHTS": scale_weights, "SCALE_DTYPE": self._tl(scale_dtype),
             "E8M0": operand.scale is not None and operand.scale.dtype == torch.uint8,
             "PLACES": elements.places, "EXPONENT": exponent, "BYTES": elements.bytes,
-            "OUT_GROUP": 0, "HIDDEN_DTYPE": self._tl(self._hidden.dtype), "MAX_VALUE": 1.0,
+            "OUT_GROUP": request.intermediate.group_size if out_scale and request.intermediate else 0,
+            "HIDDEN_DTYPE": self._tl(self._hidden.dtype),
+            "MAX_VALUE": request.intermediate_format.max_value if request.intermediate_format else 1.0,
             "PAIRS": pairs, "SPLIT_K": blocks.SPLIT_K,
             "BLOCK_M": blocks.BLOCK_M, "BLOCK_N": blocks.BLOCK_N, "BLOCK_K": blocks.BLOCK_K,
             "EVEN_K": K // blocks.SPLIT_K % blocks.BLOCK_K == 0, "SWAP": blocks.SWAP, "TMA": blocks.TMA,
