@@ -121,6 +121,10 @@ class TritonExperts:
             call(hidden, topk_weights, topk_ids, out)
         return out
 
+    def with_schedule(self, schedule: Schedule) -> TritonExperts:
+        """Return the same experts, every call of which takes this schedule."""
+        return TritonExperts(self._request, *self._operands, schedule=schedule)
+
     def _remember(self, key: tuple[Any, ...], call: _Call) -> _Call:
         if len(self._calls) >= REMEMBERED_CALLS:
             self._calls.clear()
