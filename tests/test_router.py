@@ -64,7 +64,9 @@ def upstream(family, fields, hidden):
     generator = torch.Generator().manual_seed(1)
     for tensor in [*router.parameters(), *router.buffers()]:
         torch.nn.init.normal_(tensor, std=0.5, generator=generator)
-    if family == "jamba":
+    if family == "jamba" and not hasattr(router, "route_tokens_to_experts"):  # after transformers 5.17: as others
+        router = router.router
+    elif family == "jamba":
         logits = router.router(hidden)
         ids, weights = router.route_tokens_to_experts(hidden, logits)
         return logits, None, weights, ids

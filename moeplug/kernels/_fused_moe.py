@@ -626,8 +626,8 @@ def _block_of_pairs(
     if X_GROUP > 0:
         xs_rows = x_scale_ptr + x_row * tl.cdiv(K, X_GROUP)
     split = tl.program_id(1)
-    # Said to be a multiple of 128, so that copies are 16 bytes wide: the host splits K at whole steps.
-    k_first = 0 if SPLIT_K == 1 else tl.multiple_of(split * (K // SPLIT_K), 128)
+    # The host splits K at whole steps. Said outright, because copies of nibbles are 8 bytes wide where it is not known.
+    k_first = 0 if SPLIT_K == 1 else tl.multiple_of(split * (K // SPLIT_K), BLOCK_K)
     acc = _product(
         x_ptr, x_row * stride_xm, row_mask, stride_xk, xs_rows,
         w_ptr + e * stride_we, offs_n.to(tl.int64) * stride_wn, column_mask,
