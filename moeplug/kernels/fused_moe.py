@@ -368,6 +368,7 @@ class _Planner:
             sum_scaled=group > 0 and not _must_scale_weights(operand) and not _exact_scales(operand, dot),
             scale_rows=operand.scale_rows,
             x_group=spec.group_size if spec else None,
+            in_bytes=_elements(operand, dot).bytes,
         )
 
 

@@ -83,7 +83,8 @@ class Numbers:
     sum_scaled: a group's scale cannot multiply the weights, because it is not exact in `dot`, so it multiplies the sum
     of each step. With 8-bit `dot` that is so in any case.
     scale_rows: rows of weights that share a scale (128 of 128 x 128 blocks). x_group: activations along K that share
-    a scale, None for all of a row or unquantized ones.
+    a scale, None for all of a row or unquantized ones. in_bytes: weights are decoded byte by byte, not as 16-bit words,
+    and pass through shared memory once more on their way to where they are multiplied.
     """
 
     weight_bits: int
@@ -92,6 +93,7 @@ class Numbers:
     sum_scaled: bool = False
     scale_rows: int = 1
     x_group: int | None = None
+    in_bytes: bool = False
 
     @property
     def dot_bytes(self) -> int:
@@ -142,7 +144,7 @@ def shared_bytes(blocks: Blocks, numbers: Numbers, activation_bytes: int, device
     """
     tile_x, tile_w = blocks.BLOCK_M * blocks.BLOCK_K, blocks.BLOCK_N * blocks.BLOCK_K
     in_flight = tile_x * activation_bytes + tile_w * numbers.weight_bits // 8
-    loop = (blocks.num_stages - 1) * in_flight
+    loop = (blocks.num_stages - 1) * in_flight + (tile_w * numbers.dot_bytes if numbers.in_bytes else 0)
     rows = blocks.BLOCK_N if blocks.SWAP else blocks.BLOCK_M
     if rows >= LEAST_SWAPPED and (device.compute_capability or (0, 0)) >= HOPPER:
         loop += in_flight
