@@ -78,6 +78,25 @@ class NumberFormat(ABC):
         return f"<format {self.name}>"
 
 
+class Nibbles(NumberFormat):
+    """Two codes of four bits in a byte: neighbours, the first in the low nibble. Subclasses say what codes mean."""
+
+    storage_dtype = torch.uint8
+    bits = 4
+    values_per_element = 2
+
+    def pack(self, codes: Tensor, out: Tensor) -> None:
+        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
+        codes = codes.to(torch.uint8)
+        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
+
+    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
+        values = values.to(out.device)
+        out[..., 0::2] = values[(stored & 15).int()]
+        out[..., 1::2] = values[(stored >> 4).int()]
+
+
 class Unquantized(NumberFormat):
     """Weights kept as the checkpoint has them: what `weights: null` means. No kernel decodes them."""
 

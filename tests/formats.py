@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import moeplug
-from moeplug.formats import NumberFormat
+from moeplug.formats import Nibbles, NumberFormat
 from moeplug.manifest import CAPABILITIES, Manifest
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.registry import Plugin, Registration, Registry
@@ -50,26 +50,7 @@ class Fp8(NumberFormat):
         return decode_e4m3
 
 
-class Packed(NumberFormat):
-    """Two codes of four bits in a byte: neighbours, the first in the low nibble."""
-
-    storage_dtype = torch.uint8
-    bits = 4
-    values_per_element = 2
-
-    def pack(self, codes: Tensor, out: Tensor) -> None:
-        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
-        codes = codes.to(torch.uint8)
-        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
-
-    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
-        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
-        values = values.to(out.device)
-        out[..., 0::2] = values[(stored & 15).int()]
-        out[..., 1::2] = values[(stored >> 4).int()]
-
-
-class Int4(Packed):
+class Int4(Nibbles):
     """Integers of -8 to 7, stored as 0 to 15; zero points lie in -8 to 7 too."""
 
     name = "int4"
@@ -95,7 +76,7 @@ _MIDDLES: Final = (E2M1[1:8] + E2M1[:7]) / 2
 E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
 
 
-class Fp4(Packed):
+class Fp4(Nibbles):
     """e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even code. The numbers of MXFP4 and NVFP4."""
 
     name = "fp4"
@@ -125,7 +106,7 @@ NF4: Final = torch.tensor(
 )
 
 
-class Nf4(Packed):
+class Nf4(Nibbles):
     """NormalFloat4 (QLoRA, arXiv 2305.14314), the 16 values of bitsandbytes; only float32 holds them exactly."""
 
     name = "nf4"
