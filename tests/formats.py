@@ -1,4 +1,4 @@
-"""Number formats that live beside the tests, and specs that use them, so that the core is held to more than one plugin.
+"""The formats of all plugins, two that live beside the tests, and specs that use them: what the core is held to.
 
 from formats import FORMATS, SPECS, quantized
 experts = quantized(w13, w2, "nvfp4", device="cuda")
@@ -21,33 +21,15 @@ from moeplug.registry import Plugin, Registration, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec, WeightSpec
 
-sys.path.append(str(Path(__file__).parents[1] / "plugins/moeplug-int8/src"))  # where the plugin is not installed
+for plugin in ("int8", "fp8", "mx", "nvfp4"):  # where they are not installed
+    sys.path.append(str(Path(__file__).parents[1] / f"plugins/moeplug-{plugin}/src"))
 
+from moeplug_fp8.hooks import Fp8
 from moeplug_int8.hooks import Int8
+from moeplug_mx.hooks import Mxfp4, Mxfp8
+from moeplug_nvfp4.hooks import Nvfp4
 
 FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Fp8(NumberFormat):
-    """e4m3 bytes, no infinities; values beyond 448 saturate."""
-
-    name = "fp8"
-    storage_dtype = torch.uint8
-    bits = 8
-    max_value = 448.0
-    native = torch.float8_e4m3fn
-    exact_in = (*FLOATS, torch.float8_e4m3fn)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        out.copy_(scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        out.copy_(stored.view(torch.float8_e4m3fn))
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_e4m3
-
-        return decode_e4m3
 
 
 class Int4(Nibbles):
@@ -68,32 +50,6 @@ class Int4(Nibbles):
         from moeplug.kernels.decode import decode_int4
 
         return decode_int4
-
-
-E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_MIDDLES: Final = (E2M1[1:8] + E2M1[:7]) / 2
-# A value in the middle goes to the even code: up from codes 1, 3 and 5, so those limits lie just below the middle.
-E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
-
-
-class Fp4(Nibbles):
-    """e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even code. The numbers of MXFP4 and NVFP4."""
-
-    name = "fp4"
-    max_value = 6.0
-    exact_in = (*FLOATS, torch.float8_e4m3fn)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        magnitude = torch.bucketize(scaled.abs(), E2M1_LIMITS.to(scaled.device))
-        self.pack(magnitude + 8 * torch.signbit(scaled), out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, E2M1, out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_e2m1
-
-        return decode_e2m1
 
 
 NF4: Final = torch.tensor(
@@ -125,7 +81,11 @@ class Nf4(Nibbles):
         return decode_nf4
 
 
-FORMATS: Final[dict[str, NumberFormat]] = {fmt.name: fmt for fmt in (Int8(), Fp8(), Int4(), Fp4(), Nf4())}
+FORMATS: Final[dict[str, NumberFormat]] = {
+    fmt.name: fmt for fmt in (Int8(), Fp8(), Mxfp8(), Int4(), Mxfp4(), Nvfp4(), Nf4())
+}
+PLUGIN_OF: Final = {"int8": "int8", "fp8": "fp8", "mxfp8": "mx", "mxfp4": "mx", "nvfp4": "nvfp4"}  # of each format
+BESIDE_THE_TESTS: Final = {name: fmt for name, fmt in FORMATS.items() if name not in PLUGIN_OF}
 
 
 def grouped(fmt: str, group_size: int, symmetric: bool = True, scale_dtype: str = "float32") -> WeightSpec:
@@ -145,9 +105,9 @@ SPECS: Final[dict[str, WeightSpec]] = {
     "fp8-block": blocks("fp8", 128, 128),
     **{f"int4-g{g}": grouped("int4", g) for g in (32, 64, 128)},
     **{f"int4-g{g}-asym": grouped("int4", g, symmetric=False) for g in (32, 64, 128)},
-    "mxfp4": grouped("fp4", 32, scale_dtype="float8_e8m0fnu"),
-    "mxfp8": grouped("fp8", 32, scale_dtype="float8_e8m0fnu"),
-    "nvfp4": grouped("fp4", 16, scale_dtype="float8_e4m3fn"),
+    "mxfp4": grouped("mxfp4", 32, scale_dtype="float8_e8m0fnu"),
+    "mxfp8": grouped("mxfp8", 32, scale_dtype="float8_e8m0fnu"),
+    "nvfp4": grouped("nvfp4", 16, scale_dtype="float8_e4m3fn"),
     "nf4": grouped("nf4", 64),
 }
 
@@ -155,19 +115,18 @@ MANIFEST: Final = f"""
 api: 1
 name: beside-the-tests
 hooks: formats
-formats: [{", ".join(name for name in FORMATS if name != "int8")}]
+formats: [{", ".join(BESIDE_THE_TESTS)}]
 capabilities: [{", ".join(CAPABILITIES)}]
 """
 
 
 def registry() -> Registry:
-    """Return the installed plugins and one, in memory, that has the formats of this file."""
+    """Return the installed plugins and one, in memory, that has the formats of this file alone."""
     plugin = Plugin("beside-the-tests", "active", "", "tests", "0", None, Manifest.from_text(MANIFEST))
     found = Registry([*Registry.discover().plugins, plugin])
     found._active[plugin.name] = Registration(plugin)
-    for name, fmt in FORMATS.items():
-        if name != "int8":
-            found._active[plugin.name].add_format(fmt)
+    for fmt in BESIDE_THE_TESTS.values():
+        found._active[plugin.name].add_format(fmt)
     return found
 
 
@@ -177,7 +136,7 @@ def scheme_of(
     """Return a scheme of these specs."""
     specs = {"weights": weights, "input_activations": input_activations, "intermediate": intermediate}
     data = {key: spec.model_dump(mode="json", exclude_none=True) for key, spec in specs.items() if spec is not None}
-    plugin = "int8" if weights.format == "int8" else "beside-the-tests"
+    plugin = PLUGIN_OF.get(weights.format, "beside-the-tests")
     return Scheme.from_data({"api": 1, "name": "test", "plugin": plugin, **data})
 
 

@@ -178,7 +178,7 @@ def _format_cases() -> list[Case]:
     return cases
 
 
-TOKEN: Final = {name: ActivationSpec(format=name) for name in ("int8", "fp8")}
+TOKEN: Final = {name: ActivationSpec(format=name) for name in ("int8", "fp8", "mxfp8")}
 
 
 def _activation_cases() -> list[Case]:
@@ -200,6 +200,7 @@ def _activation_cases() -> list[Case]:
         "int4-g32-a8-int8": (grouped_of("int4", 32), TOKEN["int8"], TOKEN["int8"]),
         "int4-g32-a8-fp8": (grouped_of("int4", 32), TOKEN["fp8"], TOKEN["fp8"]),
         "mxfp4-a8-fp8": (SPECS["mxfp4"], TOKEN["fp8"], TOKEN["fp8"]),
+        "mxfp8-a8": (SPECS["mxfp8"], TOKEN["mxfp8"], TOKEN["mxfp8"]),
         "nvfp4-a8-fp8": (SPECS["nvfp4"], TOKEN["fp8"], TOKEN["fp8"]),
         "nf4-a8-int8": (grouped_of("nf4", 32), TOKEN["int8"], TOKEN["int8"]),
     }  # fmt: skip

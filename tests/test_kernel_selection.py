@@ -101,10 +101,10 @@ REASONS = {
             gate_up_format=FORMATS["fp8"],
             activation_format=FORMATS["fp8"],
         ),
-        "fp8 activations need compute capability 8.9, cuda:0 has 8.0",
+        "fp8 activations need compute capability 8.9, cuda:0 has 8.0; leave them in 16 bits, as fp8-w8a16 does",
     ),
     "fp8-scales-before-ada": (
-        request(Device("cuda", 0, (8, 0)), gate_up=SPECS["nvfp4"], gate_up_format=FORMATS["fp4"]),
+        request(Device("cuda", 0, (8, 0)), gate_up=SPECS["nvfp4"], gate_up_format=FORMATS["nvfp4"]),
         "scale_dtype float8_e4m3fn needs compute capability 8.9, cuda:0 has 8.0",
     ),
     "inexact-activations": (

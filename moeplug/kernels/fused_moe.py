@@ -540,7 +540,8 @@ def _reason_against_activations(
     if fmt is None or fmt.native is None:
         return f"activations of format {spec.format}: the tensor cores have no such type"
     if fmt.native == torch.float8_e4m3fn and (device.compute_capability or (0, 0)) < LEAST_FP8:
-        return f"fp8 activations need compute capability 8.9, {device} has {_capability(device)}"
+        found = f"fp8 activations need compute capability 8.9, {device} has {_capability(device)}"
+        return f"{found}; leave them in 16 bits, as fp8-w8a16 does"
     if weight_format.native != fmt.native and fmt.native not in weight_format.exact_in:
         return f"weights of format {weight_format.name} are not exact as {fmt.native}, the activations' type"
     if spec.group_size is None:
