@@ -70,12 +70,31 @@ class NumberFormat(ABC):
         place in a word. DTYPE is the triton type that will be multiplied; values may be of any type that converts to
         it exactly, the core casts them. Where rows are no whole words, the core gives single bytes as words and takes
         the first tile. It applies zero point and scale itself. `moeplug.kernels` has decode_int8, decode_int4,
-        decode_e4m3, decode_e2m1 and decode_nf4.
+        decode_e4m3 and decode_e2m1.
         """
         return None
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"
+
+
+class Nibbles(NumberFormat):
+    """Two codes of four bits in a byte: neighbours, the first in the low nibble. Subclasses say what codes mean."""
+
+    storage_dtype = torch.uint8
+    bits = 4
+    values_per_element = 2
+
+    def pack(self, codes: Tensor, out: Tensor) -> None:
+        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
+        codes = codes.to(torch.uint8)
+        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
+
+    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
+        values = values.to(out.device)
+        out[..., 0::2] = values[(stored & 15).int()]
+        out[..., 1::2] = values[(stored >> 4).int()]
 
 
 class Unquantized(NumberFormat):

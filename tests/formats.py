@@ -1,4 +1,4 @@
-"""Number formats that live beside the tests, and specs that use them, so that the core is held to more than one plugin.
+"""Number formats of the plugins, and some that live beside the tests, with specs that use them, to hold the core to.
 
 from formats import FORMATS, SPECS, quantized
 experts = quantized(w13, w2, "nvfp4", device="cuda")
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 import moeplug
-from moeplug.formats import NumberFormat
+from moeplug.formats import Nibbles, NumberFormat
 from moeplug.manifest import CAPABILITIES, Manifest
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.registry import Plugin, Registration, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec, WeightSpec
 
-sys.path.append(str(Path(__file__).parents[1] / "plugins/moeplug-int8/src"))  # where the plugin is not installed
+for source in sorted((Path(__file__).parents[1] / "plugins").glob("*/src")):
+    sys.path.append(str(source))  # where the plugins are not installed
 
+from moeplug_int4.hooks import Int4
 from moeplug_int8.hooks import Int8
+from moeplug_nf4.hooks import Nf4
 
 FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,52 +53,13 @@ class Fp8(NumberFormat):
         return decode_e4m3
 
 
-class Packed(NumberFormat):
-    """Two codes of four bits in a byte: neighbours, the first in the low nibble."""
-
-    storage_dtype = torch.uint8
-    bits = 4
-    values_per_element = 2
-
-    def pack(self, codes: Tensor, out: Tensor) -> None:
-        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
-        codes = codes.to(torch.uint8)
-        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
-
-    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
-        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
-        values = values.to(out.device)
-        out[..., 0::2] = values[(stored & 15).int()]
-        out[..., 1::2] = values[(stored >> 4).int()]
-
-
-class Int4(Packed):
-    """Integers of -8 to 7, stored as 0 to 15; zero points lie in -8 to 7 too."""
-
-    name = "int4"
-    max_value = 7.0
-    asymmetric_range = (-8.0, 7.0)
-    exact_in = (*FLOATS, torch.float8_e4m3fn, torch.int8)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        self.pack(scaled.round() + 8, out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, torch.arange(-8.0, 8.0), out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_int4
-
-        return decode_int4
-
-
 E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _MIDDLES: Final = (E2M1[1:8] + E2M1[:7]) / 2
 # A value in the middle goes to the even code: up from codes 1, 3 and 5, so those limits lie just below the middle.
 E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
 
 
-class Fp4(Packed):
+class Fp4(Nibbles):
     """e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even code. The numbers of MXFP4 and NVFP4."""
 
     name = "fp4"
@@ -113,35 +77,6 @@ class Fp4(Packed):
         from moeplug.kernels.decode import decode_e2m1
 
         return decode_e2m1
-
-
-NF4: Final = torch.tensor(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
-)
-
-
-class Nf4(Packed):
-    """NormalFloat4 (QLoRA, arXiv 2305.14314), the 16 values of bitsandbytes; only float32 holds them exactly."""
-
-    name = "nf4"
-    max_value = 1.0
-    exact_in = (torch.float32,)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        self.pack(torch.bucketize(scaled.contiguous(), ((NF4[1:] + NF4[:-1]) / 2).to(scaled.device)), out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, NF4, out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_nf4
-
-        return decode_nf4
 
 
 FORMATS: Final[dict[str, NumberFormat]] = {fmt.name: fmt for fmt in (Int8(), Fp8(), Int4(), Fp4(), Nf4())}

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from formats import E2M1, FORMATS, NF4, SPECS, blocks, grouped, quantized, scheme_of
+from formats import E2M1, FORMATS, SPECS, blocks, grouped, quantized, scheme_of
 from formats import registry as registry_of
 
 import moeplug
@@ -70,14 +70,6 @@ def test_fp4_rounds_to_the_nearest_code_and_ties_to_the_even_one():
     FORMATS["fp4"].decode(out, decoded)
     magnitudes = E2M1[:8].tolist()
     assert decoded.tolist() == [math.copysign(magnitudes[nearest(magnitudes, abs(v))], v) for v in x.tolist()]
-
-
-def test_nf4_rounds_to_the_nearest_of_its_values():
-    x = torch.linspace(-1, 1, 1000)
-    out, decoded = torch.empty(500, dtype=torch.uint8), torch.empty(1000)
-    FORMATS["nf4"].encode(x.clone(), out)
-    FORMATS["nf4"].decode(out, decoded)
-    assert decoded.tolist() == [NF4.tolist()[nearest(NF4.tolist(), v)] for v in x.tolist()]
 
 
 def all_values(name):
