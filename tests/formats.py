@@ -21,8 +21,7 @@ from moeplug.registry import Plugin, Registration, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec, WeightSpec
 
-for source in sorted((Path(__file__).parents[1] / "plugins").glob("*/src")):
-    sys.path.append(str(source))  # where the plugins are not installed
+sys.path.extend(map(str, Path(__file__).parents[1].glob("plugins/*/src")))  # where the plugins are not installed
 
 from moeplug_int4.hooks import Int4
 from moeplug_int8.hooks import Int8

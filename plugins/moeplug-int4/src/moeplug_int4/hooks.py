@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moeplug
 from moeplug.formats import Nibbles
+from moeplug.moe.layout import Projection
 from moeplug_int4.search import quantize_with_search
 
 
@@ -44,7 +45,7 @@ def moeplug_register(registry: Any) -> None:
 
 @moeplug.hookimpl
 def moeplug_quantize(
-    ctx: moeplug.StageContext, projection: Any, experts: Sequence[int], tensor: Tensor, out: Tensor
+    ctx: moeplug.StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, out: Tensor
 ) -> moeplug.Scales | None:
     if ctx.spec(projection) is None or ctx.options["scale_search"] == "amax":
         return None  # the core's own quantization

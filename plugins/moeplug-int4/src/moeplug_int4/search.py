@@ -6,20 +6,21 @@ for the rest; which one pays is tried out, on a fixed grid, group by group, by t
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 import moeplug
+from moeplug.moe.layout import Projection
 from moeplug.quantization import Scales, encode, groups, quantize, row_chunks
 
-# Of amax / 7, largest first, exact in binary. A grid twice as fine, and one down to 0.5, lower the error of Gaussian and
-# of Student-t weights (5 degrees of freedom, groups of 128) by less than 0.3 % more.
+# Of amax / 7, largest first, exact in binary. A grid twice as fine, down to 0.5, lowers the error of Gaussian and of
+# Student-t weights (5 degrees of freedom, groups of 128) by less than 0.3 % more.
 RATIOS: Final = tuple(1 - i / 32 for i in range(11))
 
 
-def quantize_with_search(ctx: moeplug.StageContext, projection: Any, weight: Tensor, out: Tensor) -> Scales:
+def quantize_with_search(ctx: moeplug.StageContext, projection: Projection, weight: Tensor, out: Tensor) -> Scales:
     """Write weight's stored values into out and return their scales: what stage quantize gives and returns.
 
     Zero points are those of the whole range: a smaller scale clips both ends in proportion.

@@ -19,7 +19,12 @@ def decode_nf4(words, DTYPE: tl.constexpr):
 @triton.jit
 def _value(code):
     b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
-    n0, n1, n2, n3 = tl.where(b0, V[1], V[0]), tl.where(b0, V[3], V[2]), tl.where(b0, V[5], V[4]), tl.where(b0, V[7], V[6])
+    n0, n1, n2, n3 = (
+        tl.where(b0, V[1], V[0]),
+        tl.where(b0, V[3], V[2]),
+        tl.where(b0, V[5], V[4]),
+        tl.where(b0, V[7], V[6]),
+    )
     p0, p1 = tl.where(b0, V[9], V[8]), tl.where(b0, V[11], V[10])
     p2, p3 = tl.where(b0, V[13], V[12]), tl.where(b0, V[15], V[14])
     negative = tl.where(b2, tl.where(b1, n3, n2), tl.where(b1, n1, n0))
