@@ -1,4 +1,4 @@
-"""int4 is what it says: nearest integers of -8 to 7, the error of float64 arithmetic, and scales that a search improves."""
+"""int4 is what it says: nearest integers of -8 to 7, the error of float64 arithmetic, scales that a search improves."""
 
 from __future__ import annotations
 

@@ -18,15 +18,14 @@ def decode_nf4(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def _value(code):
-    b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
-    n0, n1, n2, n3 = (
-        tl.where(b0, V[1], V[0]),
-        tl.where(b0, V[3], V[2]),
-        tl.where(b0, V[5], V[4]),
-        tl.where(b0, V[7], V[6]),
-    )
-    p0, p1 = tl.where(b0, V[9], V[8]), tl.where(b0, V[11], V[10])
-    p2, p3 = tl.where(b0, V[13], V[12]), tl.where(b0, V[15], V[14])
-    negative = tl.where(b2, tl.where(b1, n3, n2), tl.where(b1, n1, n0))
-    positive = tl.where(b2, tl.where(b1, p3, p2), tl.where(b1, p1, p0))
-    return tl.where(b3, positive, negative).to(tl.float32)
+    """Return V[code], float32: each bit of a code, the lowest first, halves the values that are left."""
+    bit = (code & 1) != 0
+    v0, v2 = tl.where(bit, V[1], V[0]), tl.where(bit, V[3], V[2])
+    v4, v6 = tl.where(bit, V[5], V[4]), tl.where(bit, V[7], V[6])
+    v8, v10 = tl.where(bit, V[9], V[8]), tl.where(bit, V[11], V[10])
+    v12, v14 = tl.where(bit, V[13], V[12]), tl.where(bit, V[15], V[14])
+    bit = (code & 2) != 0
+    v0, v4, v8, v12 = tl.where(bit, v2, v0), tl.where(bit, v6, v4), tl.where(bit, v10, v8), tl.where(bit, v14, v12)
+    bit = (code & 4) != 0
+    v0, v8 = tl.where(bit, v4, v0), tl.where(bit, v12, v8)
+    return tl.where((code & 8) != 0, v8, v0).to(tl.float32)

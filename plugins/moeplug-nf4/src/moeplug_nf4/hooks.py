@@ -16,7 +16,7 @@ MIDDLES = (CODEBOOK[1:] + CODEBOOK[:-1]) / 2
 
 
 class Nf4(NumberFormat):
-    """NormalFloat4: two codes of four bits in a byte. No 16-bit float holds its values exactly, so products are float32."""
+    """NormalFloat4: two codes of four bits in a byte. No 16-bit float holds its values, so products are float32."""
 
     name = "nf4"
     storage_dtype = torch.uint8
