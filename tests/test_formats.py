@@ -319,7 +319,10 @@ def gpu_layout(monkeypatch):
     return lambda: kernels.__setitem__(0, cpu.CpuKernel())
 
 
-ON_BOTH = {name: SPECS[name] for name in SPECS if name not in ("fp8-block",)} | {"blocks": blocks("int4", 24, 50)}
+ON_BOTH = {name: SPECS[name] for name in SPECS if name not in ("fp8-block",)} | {
+    "blocks": blocks("int4", 24, 50),
+    "padded": grouped("int8", 96, symmetric=False).model_copy(update={"pad": True}),
+}
 
 
 @pytest.mark.parametrize("name", ON_BOTH)

@@ -127,10 +127,8 @@ def test_extreme_weights_stay_finite_and_zeros_stay_zeros(name, low, high):
     assert bool((scales(experts, "down", 0)[:7] == 1).all())
     assert bool(torch.isfinite(1 / scales(experts, "down", 0).float()).all())
     if low > 1e-37:  # below, a scale is the smallest normal number, and weights less than half of it are zeros
-        assert (
-            rms_error(values / high, w2[0].double() / high)
-            < 0.1 * float((w2[0].double() / high).square().mean()) ** 0.5
-        )
+        small, expected = values / high, w2[0].double() / high
+        assert rms_error(small, expected) < 0.1 * rms_error(expected, torch.zeros(()))
 
 
 def test_a_float16_scale_that_would_overflow_is_refused():
@@ -165,6 +163,17 @@ def test_a_size_that_no_group_divides_is_refused_with_one_that_does():
     w13, w2 = weights(0, 1, 192, 128)
     with pytest.raises(moeplug.SchemeError, match="K=192 is not a multiple of group_size=128; 64 divides it"):
         moeplug.quantize_experts(w13, w2, "int4-g128")
+
+
+def test_a_size_that_no_group_divides_is_served_when_the_scheme_says_pad():
+    w13, w2 = weights(0, 2, 192, 160)
+    text = "weights: {format: int4, strategy: group, group_size: 128, pad: true}\n"
+    for options in ("", SEARCH):
+        experts = moeplug.quantize_experts(w13, w2, Scheme.from_text(f"api: 1\nname: t\nplugin: int4\n{text}{options}"))
+        assert tuple(experts.groups[0].w13_scale.shape) == (2, 320, 2)
+        values = codes(experts, "down", 1) * scales(experts, "down", 1).repeat_interleave(128, 1)[:, :160]
+        filled = torch.nn.functional.pad(w2[1].float(), (0, 96))
+        assert rms_error(values, w2[1]) <= 1.005 * rms_error(exact(filled, 128)[:, :160], w2[1])
 
 
 # The search
