@@ -5,9 +5,9 @@ Field names are those of compressed-tensors, so that an export is one to one.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moeplug.validation import NAME_PATTERN, field_error
 
@@ -65,6 +65,11 @@ class WeightSpec(BaseModel):
         if not self.symmetric and self.scale_dtype.startswith("float8"):
             raise field_error("symmetric", f"scale_dtype: {self.scale_dtype} has no zero points; write symmetric: true")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_later_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `pad` where it is false: schemes of before keep their hash."""
+        return {key: value for key, value in dump(self).items() if key != "pad" or value}
 
     @property
     def scale_rows(self) -> int:

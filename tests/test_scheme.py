@@ -168,7 +168,9 @@ def test_the_hash_covers_what_the_scheme_does_and_nothing_else() -> None:
     assert {Scheme.from_text(text).sha256 for text in same} == {base}
     hashes = {base, *(Scheme.from_text(HEAD + text).sha256 for text in other)}
     hashes.add(Scheme.from_text(HEAD + "overrides: [{layers: 0, plugin: p}]").sha256)
-    assert len(hashes) == 5
+    grouped = "api: 1\nname: t\nplugin: p\nweights: {format: f, strategy: group, group_size: 128"
+    hashes |= {Scheme.from_text(grouped + end).sha256 for end in ("}", ", pad: false}", ", pad: true}")}
+    assert len(hashes) == 7
 
 
 def test_a_hash_does_not_change_between_releases() -> None:
