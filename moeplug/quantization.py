@@ -298,8 +298,8 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
     assert fmt.asymmetric_range is not None
     low, high = fmt.asymmetric_range
     ends = [part.aminmax(dim=-1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
-    smallest = torch.cat([low for low, _ in ends], dim=-1).float().clamp_(max=0)
-    largest = torch.cat([high for _, high in ends], dim=-1).float().clamp_(min=0)
+    smallest = torch.cat([end for end, _ in ends], dim=-1).float().clamp_(max=0)
+    largest = torch.cat([end for _, end in ends], dim=-1).float().clamp_(min=0)
     # Both halved first: the span of two extreme values would overflow float32.
     into.scale.copy_(_rounded(_divided(largest / 2 - smallest / 2, (high - low) / 2), spec))
     into.zero_point.copy_((low - smallest / into.scale.float()).round_().clamp_(low, high))
