@@ -17,7 +17,7 @@ from moeplug_int4.search import quantize_with_search
 class Int4(Nibbles):
     """Integers of -8 to 7, stored as 0 to 15, rounded to nearest, ties to even; zero points lie in -8 to 7 too.
 
-    A symmetric scale is amax / 7: with amax / 8, a group whose largest weight is positive would clip it by a whole step.
+    A symmetric scale is amax / 7: amax / 8 would clip a largest weight that is positive by a whole step.
     """
 
     name = "int4"
