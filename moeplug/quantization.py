@@ -20,8 +20,8 @@ from moeplug.moe.layout import in_words
 from moeplug.scratch import scratch
 from moeplug.spec import WeightSpec
 
-# Elements of float32 scratch per chunk: 2 MiB on CPU (near the cache), 8 MiB on a GPU (fewer launches).
-CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 21}
+# Elements of float32 scratch per chunk: 1 MiB on CPU (within a core's cache), 8 MiB on a GPU (fewer launches).
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 18, "cuda": 1 << 21}
 E8M0: Final = "float8_e8m0fnu"  # stored as bytes: torch compares, prints and saves torch.uint8 everywhere
 E4M3: Final = "float8_e4m3fn"
 LARGEST_E4M3: Final = 448.0
@@ -42,15 +42,25 @@ class Scales:
     global_scale: Tensor | None = None
     block: tuple[int, int] | None = None
 
-    def of_rows(self, b: int, rows: slice) -> Scales:
-        """Return the scales that rows of expert weight b use. rows: (start, stop), start a multiple of a block's."""
+    def of_rows(self, b: slice, rows: slice) -> Scales:
+        """Return the scales that rows of expert weights b use. rows: (start, stop), start a multiple of a block's."""
         R = self.block[0] if self.block else 1
         of_scale = slice(rows.start // R, -(-rows.stop // R))
 
         def part(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[b : b + 1, of_scale if t.shape[1] > 1 else slice(None)]
+            return None if t is None else t[b, of_scale if t.shape[1] > 1 else slice(None)]
 
         return Scales(part(self.scale), part(self.zero_point), part(self.global_scale), self.block)
+
+    def every(self, step: int, N: int) -> Scales:
+        """Return the scales that rows 0, step, 2 * step, … of N use."""
+        R = self.block[0] if self.block else 1
+        scale = self.scale if self.scale is None or R == 1 else self.scale.repeat_interleave(R, 1)[:, :N]
+
+        def part(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:, :: step if t.shape[1] > 1 else 1]
+
+        return Scales(part(scale), part(self.zero_point), self.global_scale, self.block and (1, self.block[1]))
 
     def values(self, N: int) -> Tensor:
         """Return (B, N or 1, C) float32: what each row's weights are multiplied by."""
@@ -58,7 +68,7 @@ class Scales:
         values = scale_values(self.scale)
         if self.global_scale is not None:
             values = values * self.global_scale
-        return values.repeat_interleave(self.block[0], 1)[:, :N] if self.block else values
+        return values.repeat_interleave(self.block[0], 1)[:, :N] if self.block and self.block[0] > 1 else values
 
 
 def scale_values(scale: Tensor) -> Tensor:
@@ -126,10 +136,10 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
     if spec.strategy == "tensor":
         scales.scale.copy_(_final(_tensor_amax(weight), spec, fmt, scales.global_scale))
     for b, rows in row_chunks(weight, spec.scale_rows):
-        of_rows, part = scales.of_rows(b, rows), weight[b : b + 1, rows]
+        of_rows, part = scales.of_rows(b, rows), weight[b, rows]
         if spec.strategy != "tensor":
             _write_scales(part, spec, fmt, of_rows)
-        _encode(part, spec, fmt, of_rows, out[b : b + 1, rows], words)
+        _encode(part, spec, fmt, of_rows, out[b, rows], words)
     return scales
 
 
@@ -160,9 +170,9 @@ def encode(values: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) 
         fmt.encode(values, out)
         return
     for b, rows in row_chunks(values):
-        natural = in_words(values[b : b + 1, rows], fmt.values_per_word)
+        natural = in_words(values[b, rows], fmt.values_per_word)
         ordered = scratch("ordered", natural.shape, values.device).copy_(natural)
-        fmt.encode(ordered.flatten(2), out[b : b + 1, rows])
+        fmt.encode(ordered.flatten(2), out[b, rows])
 
 
 def decode(stored: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) -> None:
@@ -171,9 +181,9 @@ def decode(stored: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) 
         fmt.decode(stored, out)
         return
     for b, rows in row_chunks(out):
-        natural = in_words(out[b : b + 1, rows], fmt.values_per_word)
+        natural = in_words(out[b, rows], fmt.values_per_word)
         ordered = scratch("ordered", natural.shape, out.device)
-        fmt.decode(stored[b : b + 1, rows], ordered.flatten(2))
+        fmt.decode(stored[b, rows], ordered.flatten(2))
         natural.copy_(ordered)
 
 
@@ -196,28 +206,36 @@ def reordered(stored: Tensor, fmt: NumberFormat, source: bool, target: bool) -> 
 
 
 def _codes(stored: Tensor, fmt: NumberFormat) -> Tensor:
-    """Return (n, K) uint8, a code for each value of stored (n, K / values_per_element) uint8, contiguous."""
+    """Return (B, n, K) uint8, a code for each value of stored (B, n, K / values_per_element) uint8, contiguous."""
     if fmt.values_per_element == 1:
         return stored.contiguous()
-    codes = scratch("codes", (stored.shape[0], 2 * stored.shape[1]), stored.device, torch.uint8)
-    torch.bitwise_and(stored, 15, out=codes[:, 0::2])
-    torch.bitwise_right_shift(stored, 4, out=codes[:, 1::2])
+    codes = scratch("codes", (*stored.shape[:2], 2 * stored.shape[2]), stored.device, torch.uint8)
+    torch.bitwise_and(stored, 15, out=codes[..., 0::2])
+    torch.bitwise_right_shift(stored, 4, out=codes[..., 1::2])
     return codes
 
 
 def _pack(codes: Tensor, fmt: NumberFormat, out: Tensor) -> None:
-    """Write codes (n, K) uint8 into out (n, K / values_per_element) uint8: the inverse of `_codes`."""
-    out.copy_(codes if fmt.values_per_element == 1 else codes[:, 0::2] | codes[:, 1::2] << 4)
+    """Write codes (B, n, K) uint8 into out (B, n, K / values_per_element) uint8: the inverse of `_codes`."""
+    out.copy_(codes if fmt.values_per_element == 1 else codes[..., 0::2] | codes[..., 1::2] << 4)
 
 
-def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat, words: bool = False) -> Tensor:
-    """Return (B, 2) float64: per expert weight the sum of (weight - decoded)**2 and of weight**2."""
+def squared_error(
+    weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat, words: bool = False, step: int = 1
+) -> Tensor:
+    """Return (B, 2) float64: per expert weight the sum of (weight - decoded)**2 and of weight**2.
+
+    step: look at rows 0, step, 2 * step, … alone.
+    """
+    if step > 1:
+        scales = scales.every(step, weight.shape[1])
+        weight, stored = weight[:, ::step], stored[:, ::step]
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)
     for b, rows in row_chunks(weight, scales.block[0] if scales.block else 1):
-        part = weight[b : b + 1, rows]
+        part = weight[b, rows]
         exact = scratch("exact", part.shape, part.device).copy_(part)
         decoded = scratch("decoded", part.shape, part.device)
-        dequantize(stored[b : b + 1, rows], scales.of_rows(b, rows), fmt, decoded, words)
+        dequantize(stored[b, rows], scales.of_rows(b, rows), fmt, decoded, words)
         sums[b, 0] += _sum_of_squares(decoded.sub_(exact))
         sums[b, 1] += _sum_of_squares(exact)
     return sums
@@ -244,42 +262,56 @@ def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
     return magnitude.amax(dim).view(weight.dtype).float()
 
 
-def is_finite(values: Tensor) -> bool:
-    """Return whether no number of a 1-D tensor is NaN or infinite; other dtypes than 16- and 32-bit floats are."""
+def peak_of(values: Tensor) -> Tensor:
+    """Return () float32, the largest magnitude of a 1-D tensor, not finite where a number is not.
+
+    0 for other dtypes than 16- and 32-bit floats, whose numbers are.
+    """
     if not values.is_floating_point() or values.element_size() not in (2, 4):
-        return True
+        return torch.zeros((), device=values.device)
     parts = torch.split(values, CHUNK_ELEMENTS.get(values.device.type, 1 << 20))
-    return all(bool(torch.isfinite(absolute_maximum(part, -1))) for part in parts)
+    return torch.stack([absolute_maximum(part, -1) for part in parts]).amax()
 
 
-def row_chunks(weight: Tensor, multiple: int = 1) -> Iterator[tuple[int, slice]]:
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """Return (B,) float32, the largest |weight| of each of B weights (B, N, K); not finite where one is not."""
+    peaks = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for b, rows in row_chunks(weight):
+        peaks[b] = torch.maximum(peaks[b], absolute_maximum(weight[b, rows].flatten(1), -1))
+    return peaks
+
+
+def row_chunks(weight: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
     """Yield (b, rows) over (B, N, K) so that float32 scratch of a chunk stays within CHUNK_ELEMENTS.
 
+    Small weights are taken several at a time, of large ones some rows.
     multiple: chunks begin at multiples of it, and hold that many rows at least.
     """
     B, N, K = weight.shape
     rows = CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1)
+    if rows >= N:
+        together = rows // max(N, 1)
+        yield from ((slice(b, min(b + together, B)), slice(0, N)) for b in range(0, B, together))
+        return
     step = max(1, rows // multiple) * multiple
     for b in range(B):
-        yield from ((b, slice(n, min(n + step, N))) for n in range(0, N, step))
+        yield from ((slice(b, b + 1), slice(n, min(n + step, N))) for n in range(0, N, step))
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
-    """Return the sum of values**2, () float64."""
+    """Return (B,) float64, the sum of values**2 over (B, n, K)."""
     if values.device.type == "cpu":
-        flat = values.reshape(-1)
-        total = torch.dot(flat, flat)  # float32: four times the speed, good to 1e-6 while no square over- or underflows
-        if 1e-30 < float(total) < 1e30:
-            return total.double()
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        flat = values.flatten(1)
+        totals = torch.stack([torch.dot(row, row) for row in flat])
+        # In float32: four times the speed, good to 1e-6 while no square over- or underflows.
+        if all(1e-30 < total < 1e30 for total in totals.tolist()):
+            return totals.double()
+    norm: Tensor = torch.linalg.vector_norm(values, dim=(1, 2), dtype=torch.float64)
     return norm.square()
 
 
 def _tensor_amax(weight: Tensor) -> Tensor:
-    amax = torch.zeros(weight.shape[0], 1, 1, dtype=torch.float32, device=weight.device)
-    for b, rows in row_chunks(weight):
-        amax[b] = torch.maximum(amax[b], absolute_maximum(weight[b, rows], -1).amax())
-    return amax
+    return largest_magnitude(weight)[:, None, None]
 
 
 def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales:
@@ -294,7 +326,7 @@ def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales
 
 
 def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Scales) -> None:
-    """Write the scales, and the zero points, of weight (1, n, K) into `into`, whose tensors are (1, R, C)."""
+    """Write the scales, and the zero points, of weight (b, n, K) into `into`, whose tensors are (b, R, C)."""
     assert into.scale is not None
     if into.zero_point is None:
         into.scale.copy_(_final(_amax(weight, spec), spec, fmt, into.global_scale))
@@ -310,17 +342,17 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
 
 
 def _amax(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """Return (1, R, C) float32, the absolute maximum of each group or block of weight (1, n, K)."""
+    """Return (b, R, C) float32, the absolute maximum of each group or block of weight (b, n, K)."""
     parts = [absolute_maximum(part, -1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
     amax, R = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), spec.scale_rows
     if R == 1:
         return amax
     padded = torch.nn.functional.pad(amax, (0, 0, 0, -amax.shape[1] % R))  # rows of zeros change no maximum
-    return padded.view(1, -1, R, amax.shape[2]).amax(2)
+    return padded.view(amax.shape[0], -1, R, amax.shape[2]).amax(2)
 
 
 def _encode(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor, words: bool) -> None:
-    """Write the stored values of weight (1, n, K) into out (1, n, K / values_per_element)."""
+    """Write the stored values of weight (b, n, K) into out (b, n, K / values_per_element)."""
     scaled = scratch("scaled", weight.shape, weight.device).copy_(weight)
     of_groups = scales.values(weight.shape[1])
     low, high = -fmt.max_value, fmt.max_value
@@ -372,6 +404,7 @@ def _rounded(scale: Tensor, spec: WeightSpec) -> Tensor:
     """Return scales rounded to scale_dtype: 1 for a block of zeros, floored so that 1 / scale is finite too."""
     dtype = scale_dtype(spec)
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=torch.finfo(dtype).tiny)).to(dtype)
-    if not bool(torch.isfinite(scale).all()):
+    # Not on a GPU, where the host would wait for each weight here; the pipeline looks at a layer's scales at its end.
+    if scale.device.type == "cpu" and not bool(torch.isfinite(scale).all()):
         raise SchemeError(f"a scale does not fit scale_dtype: {spec.scale_dtype}; use scale_dtype: float32")
     return scale

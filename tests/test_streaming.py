@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import helpers
@@ -162,16 +163,51 @@ def test_a_stream_reads_at_most_its_buffers_ahead(
 ) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
     pieces = helpers.whole_tensors(checkpoint)
-    read: list[Piece] = []
-    original = streaming.PieceReader.read
+    buffers = helpers.buffers_for(pieces, 3)
+    read, used = [0], 0
+    original = streaming.FileReader.read
 
-    def counting(self: streaming.PieceReader, piece: Piece, view: memoryview) -> None:
-        original(self, piece, view)
-        read.append(piece)
+    def counting(self: streaming.FileReader, span: streaming.Span, start: int, view: memoryview) -> None:
+        original(self, span, start, view)
+        read[0] += view.nbytes
 
-    monkeypatch.setattr(streaming.PieceReader, "read", counting)
-    for used, _ in enumerate(checkpoint.stream(pieces, helpers.buffers_for(pieces, 3)), start=1):
-        assert len(read) <= used + 2
+    monkeypatch.setattr(streaming.FileReader, "read", counting)
+    for piece, _ in checkpoint.stream(pieces, buffers):
+        assert read[0] <= used + sum(buffer.nbytes for buffer in buffers)
+        used += piece.nbytes
+    assert read[0] == used
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("part", [1000, 1 << 20], ids=["parts_of_1000_bytes", "whole_spans"])
+def test_any_number_of_threads_reads_the_bytes_of_the_files_in_order(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, threads: int, part: int
+) -> None:
+    monkeypatch.setattr(streaming, "READ_BYTES", part)
+    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe", shards=3))
+    pieces = helpers.whole_tensors(checkpoint)
+    ring = checkpoint.ring(pieces, [memoryview(bytearray(1 << 17)) for _ in range(3)], threads)
+    taken: list[Piece] = []
+    with closing(ring):
+        while (item := ring.take()) is not None:
+            span, buffer = item
+            for piece in span.pieces:
+                tensor = piece.tensor
+                stored = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+                assert bytes(span.bytes_of(piece, buffer)) == stored
+            taken += span.pieces
+            ring.release(buffer)
+    assert taken == pieces
+    assert reading_threads() == []
+
+
+def test_small_neighbours_are_read_together_and_a_gap_is_not(tiny_checkpoint: Callable[..., Path]) -> None:
+    pieces = helpers.whole_tensors(Checkpoint.open(tiny_checkpoint("olmoe", shards=3)))
+    spans = streaming.spans_of(pieces, 1 << 17)
+    assert [piece for span in spans for piece in span.pieces] == pieces
+    assert len(spans) < len(pieces) / 2
+    assert all(span.nbytes <= 1 << 17 or len(span.pieces) == 1 for span in spans)
+    assert len(streaming.spans_of(pieces[::2], 1 << 17)) == len(pieces[::2])
 
 
 def test_buffers_that_cannot_hold_the_pieces_are_refused_at_once(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -29,10 +29,10 @@ from moeplug.checkpoint.files import (
     strict_json,
 )
 from moeplug.checkpoint.safetensors_header import Header, TensorInfo, read_header
-from moeplug.checkpoint.streaming import Piece, Stream, in_file_order, prefetched, require_fit
+from moeplug.checkpoint.streaming import FileReader, Piece, Ring, Span, Stream, in_file_order, in_turn, require_fit, spans_of
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
-__all__ = ["Checkpoint", "Piece", "Stream", "TensorInfo", "in_file_order", "read_config"]
+__all__ = ["Checkpoint", "Piece", "Ring", "Span", "Stream", "TensorInfo", "in_file_order", "read_config"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -107,17 +107,22 @@ class Checkpoint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def stream(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> Stream:
-        """Yield each piece with its bytes, in the given order (see `in_file_order`), one read ahead.
+        """Yield each piece with its bytes, in the given order (see `in_file_order`), read ahead.
 
         buffers: 2 or more, writable, each as large as the largest piece. A yielded memoryview lies in one of them and
         is valid until the next step. Close the generator to stop early; then its thread and file are gone.
         Raises CheckpointError where a file is not the one that was validated, InputOutputError where a read fails.
         """
+        return in_turn(self.ring(pieces, buffers))
+
+    def ring(self, pieces: Sequence[Piece], buffers: Sequence[memoryview], threads: int = 1) -> Ring:
+        """Return the pieces as spans that several threads read and any thread takes; arguments as in `stream`."""
         files = {shard.source.path: (shard.source, shard.stamp) for shard in self.shards}
         foreign = [piece for piece in pieces if self.tensors.get(piece.tensor.name) != piece.tensor]
         if foreign:
             raise ValueError(f"a piece is of another checkpoint: {foreign[0]}")
-        return prefetched(pieces, require_fit(pieces, buffers), files)
+        views = require_fit(pieces, buffers)
+        return Ring(spans_of(pieces, views[0].nbytes), views, lambda: FileReader(files), threads)
 
 
 def _require_folder(path: Path) -> Path:

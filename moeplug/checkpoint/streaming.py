@@ -1,25 +1,30 @@
-"""Read pieces of tensors in file order, one step ahead of whoever uses them.
+"""Read pieces of tensors in file order, ahead of whoever uses them, with several threads.
 
-One thread reads into a small ring of buffers that the caller owns, so that a transfer or a quantization runs while the
-next bytes arrive, and memory stays what the caller gave. Files are read with pread, not mmap: a file that is cut under
-an mmap kills the process with SIGBUS, and one that is overwritten changes weights that were already loaded.
+Neighbouring pieces are read together, as a span, into a small ring of buffers that the caller owns, so that transfers
+and quantization run while the next bytes arrive, and memory stays what the caller gave. Files are read with pread, not
+mmap: a file that is cut under an mmap kills the process with SIGBUS, and one that is overwritten changes weights that
+were already loaded.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from moeplug.checkpoint.files import SourceFile, Stamp, read_into
 from moeplug.checkpoint.safetensors_header import TensorInfo
 from moeplug.errors import CheckpointError
 
-# A stop is noticed between two reads, so that Ctrl-C takes a fraction of a second on a slow disk, too.
-READ_BYTES = 32 * 2**20
+# One thread's share of a span. A stop is noticed between two reads, so that Ctrl-C takes a fraction of a second on a
+# slow disk, too.
+READ_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,45 @@ def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: (piece.tensor.file, piece.tensor.offset + piece.start))
 
 
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring pieces of one file that are read together."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+    def bytes_of(self, piece: Piece, content: Any) -> Any:
+        """Return a piece's part of the span's content: a memoryview, or a tensor of bytes."""
+        start = piece.tensor.offset + piece.start - self.offset
+        return content[start : start + piece.nbytes]
+
+
+def spans_of(pieces: Iterable[Piece], limit: int) -> list[Span]:
+    """Return the spans of pieces, in the pieces' order: as many as lie side by side in at most `limit` bytes.
+
+    A piece that is larger is a span of its own.
+    """
+    spans: list[Span] = []
+    run: list[Piece] = []
+    begin = end = 0
+
+    def finish() -> None:
+        if run:
+            spans.append(Span(run[0].tensor.file, begin, end - begin, tuple(run)))
+
+    for piece in pieces:
+        offset = piece.tensor.offset + piece.start
+        if not run or piece.tensor.file != run[0].tensor.file or offset != end or offset + piece.nbytes - begin > limit:
+            finish()
+            run, begin = [], offset
+        run.append(piece)
+        end = offset + piece.nbytes
+    finish()
+    return spans
+
+
 def require_fit(pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> list[memoryview]:
     """Return the buffers as bytes, or raise ValueError where a piece cannot be read into them."""
     largest = max((piece.nbytes for piece in pieces), default=0)
@@ -53,23 +97,31 @@ def require_fit(pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> list[
     return [buffer.cast("B") for buffer in buffers]
 
 
-class PieceReader:
-    """Reads pieces with one open file at a time, and refuses a file that is no longer the one that was validated."""
+class Source(Protocol):
+    """Where one thread gets bytes from."""
 
-    def __init__(self, files: Mapping[Path, tuple[SourceFile, Stamp]], stopped: Callable[[], bool]) -> None:
+    def read(self, span: Span, start: int, view: memoryview) -> None:
+        """Fill view with the span's bytes from its byte `start` on."""
+
+    def finish(self) -> None:
+        """Check that what was read can be trusted."""
+
+    def close(self) -> None:
+        """Give back what is open, without checking it."""
+
+
+class FileReader:
+    """Reads with one open file at a time, and refuses a file that is no longer the one that was validated."""
+
+    def __init__(self, files: Mapping[Path, tuple[SourceFile, Stamp]]) -> None:
         self._files = files
-        self._stopped = stopped
         self._current: Path | None = None
         self._descriptor = -1
 
-    def read(self, piece: Piece, view: memoryview) -> None:
-        """Fill view with the piece's bytes; returns early, with the view unfinished, once asked to stop."""
-        self._switch_to(piece.tensor.file)
-        position = piece.tensor.offset + piece.start
-        while view.nbytes and not self._stopped():
-            part = view[:READ_BYTES]
-            read_into(self._descriptor, part, position, piece.tensor.file)
-            view, position = view[part.nbytes :], position + part.nbytes
+    def read(self, span: Span, start: int, view: memoryview) -> None:
+        """Fill view with the span's bytes from its byte `start` on."""
+        self._switch_to(span.file)
+        read_into(self._descriptor, view, span.offset + start, span.file)
 
     def finish(self) -> None:
         """Check the last file once more, after all of its bytes were read."""
@@ -105,45 +157,123 @@ class PieceReader:
             )
 
 
-def prefetched(
-    pieces: Sequence[Piece], buffers: Sequence[memoryview], files: Mapping[Path, tuple[SourceFile, Stamp]]
-) -> Stream:
-    """Yield (piece, its bytes) in the given order; the bytes are valid until the next step.
+class Ring:
+    """Spans in order, read ahead by threads of its own; any number of threads may take them.
 
-    An error in the reading thread is raised here. Closing the generator stops the thread and closes its file.
+    A thread gets its part of the next span under one lock, and a span its buffer with its first part, so buffers go to
+    spans in order and the oldest can always be finished.
     """
-    stop = threading.Event()
-    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    filled: queue.SimpleQueue[tuple[Piece, memoryview] | BaseException | None] = queue.SimpleQueue()
-    for buffer in buffers:
-        free.put(buffer)
 
-    def read_all() -> None:
-        reader = PieceReader(files, stop.is_set)
+    def __init__(
+        self, spans: Sequence[Span], buffers: Sequence[memoryview], source: Callable[[], Source], threads: int
+    ) -> None:
+        self.read_seconds = 0.0  # of all reading threads
+        self._spans = spans
+        self._source = source
+        self._changed = threading.Condition()
+        self._free = deque(buffers)
+        self._buffers: dict[int, memoryview] = {}  # of spans that are being read, or read and not taken
+        self._unread: dict[int, int] = {}  # span → bytes that have not arrived
+        self._next_part = (0, 0)  # span, byte
+        self._next_taken = 0
+        self._running = threads
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._read, name="moeplug-reader", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> tuple[Span, memoryview] | None:
+        """Return the next span and the buffer that begins with its bytes; None when all were taken, or after `close`.
+
+        The buffer is the caller's until `release`.
+        Raises what a reading thread raised. The last span is given when every file has passed its last check.
+        """
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                index = self._next_taken
+                if self._stopped or index == len(self._spans):
+                    return None
+                last = index == len(self._spans) - 1
+                if self._unread.get(index) == 0 and not (last and self._running):
+                    break
+                self._changed.wait()
+            self._next_taken += 1
+            del self._unread[index]
+            return self._spans[index], self._buffers.pop(index)
+
+    def release(self, buffer: memoryview) -> None:
+        """Give a buffer back, to be read into."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Stop reading; `take` returns None from now on."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop reading, wait for the threads, and close every file."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+
+    def _read(self) -> None:
+        source, seconds = self._source(), 0.0
         try:
-            for piece in pieces:
-                buffer = free.get()
-                if stop.is_set():
-                    return
-                reader.read(piece, buffer[: piece.nbytes])
-                filled.put((piece, buffer))
-            reader.finish()
-            filled.put(None)
+            while (part := self._part()) is not None:
+                index, start, view = part
+                started = time.perf_counter()
+                source.read(self._spans[index], start, view)
+                seconds += time.perf_counter() - started
+                self._arrived(index, view.nbytes)
+            if not self._stopped:
+                source.finish()
         except BaseException as error:
-            filled.put(error)
+            self._error = self._error or error
         finally:
-            reader.close()
+            source.close()
+            with self._changed:
+                self.read_seconds += seconds
+                self._running -= 1
+                self._changed.notify_all()
 
-    thread = threading.Thread(target=read_all, name="moeplug-reader", daemon=True)
-    thread.start()
-    try:
-        while (item := filled.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            piece, buffer = item
-            yield piece, buffer[: piece.nbytes]
-            free.put(buffer)
-    finally:
-        stop.set()
-        free.put(memoryview(b""))  # wakes a thread that waits for a buffer
-        thread.join()
+    def _part(self) -> tuple[int, int, memoryview] | None:
+        """Return the next part to read, (span, first byte, where to), once there is a buffer; None at the end."""
+        with self._changed:
+            while True:
+                index, start = self._next_part
+                if self._stopped or self._error is not None or index == len(self._spans):
+                    return None
+                if start or self._free:
+                    break
+                self._changed.wait()
+            nbytes = self._spans[index].nbytes
+            if start == 0:
+                self._buffers[index], self._unread[index] = self._free.popleft(), nbytes
+            stop = min(start + READ_BYTES, nbytes)
+            self._next_part = (index, stop) if stop < nbytes else (index + 1, 0)
+            return index, start, self._buffers[index][start:stop]
+
+    def _arrived(self, index: int, nbytes: int) -> None:
+        with self._changed:
+            self._unread[index] -= nbytes
+            if self._unread[index] == 0:
+                self._changed.notify_all()
+
+
+def in_turn(ring: Ring) -> Stream:
+    """Yield each piece with its bytes, in order; they are valid until the next step.
+
+    An error in a reading thread is raised here. Closing the generator stops the threads and closes their files.
+    """
+    with closing(ring):
+        while (taken := ring.take()) is not None:
+            span, buffer = taken
+            for piece in span.pieces:
+                yield piece, span.bytes_of(piece, buffer)
+            ring.release(buffer)

@@ -51,6 +51,10 @@ class ExpertGroup(nn.Module):
         self._handle = ops.new_handle(self)
         self._bind()
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the buffers that stage 1 made, by name: not the scales."""
+        return {name: self.get_buffer(name) for name in self._weight_names}
+
     def stored(self, projection: Projection, slot: int) -> Tensor:
         """Return one expert weight's stored values (N, K / values_per_element), layout undone; maybe a view."""
         weight = self.ctx.layout.view(self.get_buffer(buffer_name(projection)), projection)[slot : slot + 1]
@@ -74,9 +78,8 @@ class ExpertGroup(nn.Module):
     def _bind(self) -> None:
         self._experts_forward: ExpertsForward | None = None
         if self.get_buffer("w13").device.type != "meta":
-            weights = {name: self.get_buffer(name) for name in self._weight_names}
             scales = {name: self.get_buffer(name) for name in self._scale_names}
-            self._experts_forward = self._binder.bind(self.ctx, weights, scales)
+            self._experts_forward = self._binder.bind(self.ctx, self.weights(), scales)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertGroup:
         """Move buffers as fn moves them, keep their dtypes, and plan anew where the device asks for it."""

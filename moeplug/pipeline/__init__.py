@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 
 from moeplug.checkpoint.locate import by_piece
-from moeplug.checkpoint.reader import Piece, TensorInfo, in_file_order
+from moeplug.checkpoint.reader import Piece, Span, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
 from moeplug.moe.experts import QuantizedExperts
-from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass
-from moeplug.pipeline.plan import READ_BUFFERS, TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
+from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
+from moeplug.pipeline.flow import Timings, through_gpu, through_threads
+from moeplug.pipeline.plan import TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
-from moeplug.quantization import is_finite
+from moeplug.quantization import peak_of
 from moeplug.registry import Registry
 
-__all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "plan_layer", "plan_model", "run"]
+__all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "Targets", "plan_layer", "plan_model", "run"]
 
 STAGES = ("allocate", "load", "quantize", "create_scales", "setup_kernel")
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Storage that a reload writes to: layers by decoder-layer index, dense tensors by disk name."""
+
+    layers: Mapping[int, QuantizedExperts]
+    dense: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,19 +50,21 @@ def run(
     registry: Registry,
     progress: Progress | None = None,
     module_class: ModuleClass = QuantizedExperts,
+    *,
+    exact_error: bool = False,
+    into: Targets | None = None,
 ) -> Result:
     """Do what the plan says and return the result; on any error nothing is kept.
 
-    progress: called with (bytes read, bytes to read) after each piece.
+    progress: called with (bytes read, bytes to read) after each span. exact_error: errors of all rows, not a sample.
+    into: what takes the weights instead of new storage.
     """
     started = time.perf_counter()
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
-    job = _Job(plan, registry, module_class)
+    job = _Job(plan, registry, module_class, exact_error, into)
     with _one_torch_thread(plan.device):
-        job.read_everything(progress or (lambda done, total: None))
-    if plan.device.type == "cuda":
-        torch.cuda.synchronize(plan.device)
+        timings = job.read_everything(progress or (lambda done, total: None))
     layers = tuple(LayerReport(layer, job.errors[layer.layer.index]) for layer in plan.layers)
     report = Report(
         plan=plan,
@@ -63,68 +74,99 @@ def run(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else None,
         provenance=provenance(plan, registry),
+        timings=timings,
     )
     return Result(dict(sorted(job.finished.items())), job.dense, report)
 
 
 class _Job:
-    """One pass over the files: which piece feeds which layer, and which layers are open."""
+    """One pass over the files: which piece feeds which layer, and which layers are open. Threads may share it."""
 
-    def __init__(self, plan: Plan, registry: Registry, module_class: ModuleClass) -> None:
+    def __init__(
+        self, plan: Plan, registry: Registry, module_class: ModuleClass, exact_error: bool, into: Targets | None
+    ) -> None:
         self._plan, self._registry, self._module_class = plan, registry, module_class
+        self._exact_error, self._into = exact_error, into
         self._layer_plans = {layer.layer.index: layer for layer in plan.layers}
+        self._lock = threading.Lock()
         self._open: dict[int, LayerBuilder] = {}
+        self._peaks: dict[str, list[Tensor]] = {}  # of dense tensors, on the device
         self.finished: dict[int, QuantizedExperts] = {}
         self.errors: dict[int, LayerErrors] = {}
         self.dense: dict[str, Tensor] = {}
         self._experts = by_piece(plan.sources)
         self._pieces = in_file_order([*self._experts, *self._dense_pieces()])
         self.total_bytes = sum(piece.nbytes for piece in self._pieces)
+        self._done = 0
 
-    def read_everything(self, progress: Progress) -> None:
+    def read_everything(self, progress: Progress) -> Timings:
+        """Read, quantize and finish all that the plan names."""
+        started = time.perf_counter()
+        plan = self._plan
         buffers = self._read_buffers()
-        done = 0
         views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
-        with closing(self._plan.checkpoint.stream(self._pieces, views)) as stream:
-            for piece, data in stream:
-                raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
-                if piece in self._experts:
-                    self._feed(piece, raw)
-                else:
-                    self._keep(piece, raw)
-                del raw  # before the next piece is copied: the plan counts one on the device
-                done += piece.nbytes
-                progress(done, self.total_bytes)
-        assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
 
-    def _feed(self, piece: Piece, raw: Tensor) -> None:
+        def use(piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
+            self._feed(piece, raw, seconds) if piece in self._experts else self._keep(piece, raw)
+
+        def advance(span: Span) -> None:
+            with self._lock:
+                self._done += span.nbytes
+                progress(self._done, self.total_bytes)
+
+        ring = plan.checkpoint.ring(self._pieces, views, plan.readers)
+        with closing(ring):
+            if plan.device.type == "cuda":
+                timings = through_gpu(ring, use, advance, plan.device, plan.read_buffer_bytes, len(views))
+            else:
+                timings = through_threads(ring, use, advance, plan.workers)
+        self._refuse_dense_not_finite()
+        assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
+        return timings.finished(time.perf_counter() - started, ring.read_seconds, plan.readers)
+
+    def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
         """Give the expert weights in one piece to their layers, and finish those that are complete."""
-        dtype = _torch_dtype(piece.tensor)
+        flat = raw.view(_torch_dtype(piece.tensor))
+        origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
         for source in self._experts[piece]:
             builder = self._builder(source.layer)
-            origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
-            weight = source.weight_of(raw.view(dtype))
-            builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
-            if builder.complete:
+            builder.feed(source.projection, (source.expert,), source.weight_of(flat).unsqueeze(0), origin, seconds)
+            with self._lock:  # of two threads that bring the last weights one finishes the layer
+                last = builder.complete and self._open.pop(source.layer, None) is not None
+            if last:
                 self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
-                del self._open[source.layer]
 
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""
         tensor = self.dense[piece.tensor.name]
-        if not is_finite(raw.view(tensor.dtype)):
-            raise CheckpointError(
-                f"{piece.tensor.file.name}: {piece.tensor.name}: holds NaN or an infinity; expected finite weights. "
-                "The file is damaged or the model diverged: get the file again"
-            )
+        peak = peak_of(raw.view(_torch_dtype(piece.tensor)))
+        with self._lock:
+            self._peaks.setdefault(piece.tensor.name, []).append(peak)
         tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
 
+    def _refuse_dense_not_finite(self) -> None:
+        """Ask once for all dense tensors: on a GPU the host would wait for each piece."""
+        if not self._peaks:
+            return
+        names = [name for name, peaks in self._peaks.items() for _ in peaks]
+        finite = torch.isfinite(torch.stack([peak for peaks in self._peaks.values() for peak in peaks])).tolist()
+        for name, fine in zip(names, finite, strict=True):
+            if not fine:
+                raise CheckpointError(
+                    f"{self._plan.checkpoint.tensors[name].file.name}: {name}: holds NaN or an infinity; expected "
+                    "finite weights. The file is damaged or the model diverged: get the file again"
+                )
+
     def _builder(self, layer: int) -> LayerBuilder:
-        if layer not in self._open:
-            accept = self._plan.scheme.accept
-            limit = None if accept is None else accept.relative_rms
-            self._open[layer] = LayerBuilder(self._layer_plans[layer], self._registry, limit)
-        return self._open[layer]
+        with self._lock:
+            if layer not in self._open:
+                accept = self._plan.scheme.accept
+                limit = None if accept is None else accept.relative_rms
+                home = None if self._into is None else self._into.layers[layer]
+                self._open[layer] = LayerBuilder(
+                    self._layer_plans[layer], self._registry, limit, self._exact_error, home
+                )
+            return self._open[layer]
 
     def _dense_pieces(self) -> Iterator[Piece]:
         """Allocate the dense tensors and yield their pieces, none larger than a read buffer."""
@@ -132,18 +174,24 @@ class _Job:
             return
         step = self._plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
         for tensor in self._plan.kept:
-            self.dense[tensor.name] = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
+            if self._into is None:
+                made = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
+            else:
+                made = self._into.dense[tensor.name]
+            self.dense[tensor.name] = made
             yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
 
     def _read_buffers(self) -> list[Tensor]:
+        """Return the ring's buffers: parts of one block, because each pinned block is rounded up to a power of two."""
         pinned = self._plan.device.type == "cuda"
-        largest = max((piece.nbytes for piece in self._pieces), default=1)
-        return [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(READ_BUFFERS)]
+        nbytes = min(self._plan.read_buffer_bytes, max(self.total_bytes, 1))
+        count = self._plan.read_buffers
+        return list(torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=pinned).chunk(count))
 
 
 @contextmanager
 def _one_torch_thread(device: torch.device) -> Iterator[None]:
-    """Quantize on one CPU thread while the reader has another.
+    """Give each Python thread one of torch's while they quantize on a CPU.
 
     A chunk's operations take tens of microseconds, as long as OpenMP takes to start and join its threads; measured on
     2 cores with another process on them: 1.8 to 2.5 GB/s on one thread, 0.5 to 1.0 on two.

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeplug.errors import PluginError
+from moeplug.errors import PluginError, SchemeError
 from moeplug.hookspecs import StageContext
 from moeplug.moe.layout import CONCATENATED, PROJECTIONS, Projection, buffer_name
-from moeplug.quantization import E4M3, Scales, scale_dtype, scale_shape, zero_point_dtype
+from moeplug.quantization import E4M3, Scales, scale_dtype, scale_shape, scale_values, zero_point_dtype
 from moeplug.registry import Registry
 
 
@@ -37,6 +37,18 @@ class ScaleStore:
             if tensor is not None:
                 view = self._view(projection, part)[slot : slot + tensor.shape[0]]
                 view.copy_(tensor[..., 0] if part == "global_scale" else tensor)
+
+    def require_finite(self) -> None:
+        """Raise SchemeError where a scale is NaN or infinite. On a GPU the host waits here."""
+        for name, tensor in self.tensors.items():
+            projection: Projection = "down" if name.startswith("w2") else "gate"
+            spec = self._ctx.spec(projection)
+            values = scale_values(tensor) if name.endswith("_scale") else tensor
+            if spec is not None and not bool(torch.isfinite(values).all()):
+                raise SchemeError(
+                    f"layer {self._ctx.layer.index}: a scale of {name} is NaN or does not fit scale_dtype: "
+                    f"{spec.scale_dtype}; use scale_dtype: float32"
+                )
 
     def scales(self, projection: Projection) -> Scales:
         """Return the scales of all experts in slot order, (E, R, C): views."""

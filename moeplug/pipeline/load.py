@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,51 +12,66 @@ from torch import Tensor
 from moeplug.errors import CheckpointError, PluginError
 from moeplug.hookspecs import StageContext
 from moeplug.moe.layout import Projection
-from moeplug.quantization import absolute_maximum, row_chunks
+from moeplug.quantization import largest_magnitude
 from moeplug.registry import Registry
 
 
 def load(
     registry: Registry, ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str
-) -> Tensor:
-    """Return (B, N, K) ready to encode. origin: how errors name where the tensor came from."""
-    check_weights(ctx, projection, experts, tensor, origin)
+) -> tuple[Tensor, Tensor]:
+    """Return (B, N, K) ready to encode, and (B, 2) float32: the largest magnitudes as read, and as returned.
+
+    On a CPU both are finite. On a GPU the host would have to wait for each weight: the caller asks later, with
+    `refuse_not_finite`. origin: how errors name where the tensor came from.
+    """
+    _check_weights(ctx, projection, experts, tensor, origin)
+    peaks = largest_magnitude(tensor)
+    if tensor.device.type == "cpu" and not all(map(math.isfinite, peaks.tolist())):
+        b, n, k = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        found = f"{tensor[b, n, k].item()} at row {n}, column {k}"
+        refuse_not_finite(ctx, projection, experts[b], found, origin)
     given = tensor.shape
     ready = registry.call("load", ctx, lambda: tensor, projection=projection, experts=tuple(experts), tensor=tensor)
+    if ready is tensor:
+        return tensor, peaks[:, None].expand(-1, 2)
     where = f"plugin '{ctx.plugin}', stage load, layer {ctx.layer.index}"
     if not isinstance(ready, Tensor) or ready.shape != given or not _is_weight(ready):
         raise PluginError(f"{where}: returned {_describe(ready)}; expected 16- or 32-bit floats {tuple(given)}")
-    if ready is not tensor and not _all_finite(ready):
-        raise PluginError(f"{where}: returned NaN or an infinity for {projection} of experts {list(experts)}")
-    return ready
+    own_peaks = largest_magnitude(ready)
+    if ready.device.type == "cpu" and not all(map(math.isfinite, own_peaks.tolist())):
+        refuse_plugins_not_finite(ctx, projection, experts)
+    return ready, torch.stack([peaks, own_peaks], dim=1)
 
 
-def check_weights(
+def refuse_not_finite(ctx: StageContext, projection: Projection, expert: int, found: str, origin: str) -> NoReturn:
+    """Raise CheckpointError about a weight that is NaN or infinite."""
+    raise CheckpointError(
+        f"{origin}: layer {ctx.layer.index}, expert {expert}, {projection}: {found}; "
+        "expected finite weights. The file is damaged or the model diverged: get the file again"
+    )
+
+
+def refuse_plugins_not_finite(ctx: StageContext, projection: Projection, experts: Sequence[int]) -> NoReturn:
+    """Raise PluginError about what a plugin's stage returned."""
+    raise PluginError(
+        f"plugin '{ctx.plugin}', stage load, layer {ctx.layer.index}: returned NaN or an infinity for {projection} of "
+        f"experts {list(experts)}"
+    )
+
+
+def _check_weights(
     ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str
 ) -> None:
-    """Raise CheckpointError where the shape is wrong or a value is NaN or infinite."""
+    """Raise CheckpointError where shape or dtype are wrong."""
     expected = (len(experts), *ctx.layer.weight_shape(projection))
     if tuple(tensor.shape) != expected:
         raise CheckpointError(f"{origin}: {projection} weights are {tuple(tensor.shape)}; expected {expected}")
     if not _is_weight(tensor):
         raise CheckpointError(f"{origin}: {projection} weights are {tensor.dtype}; expected 16- or 32-bit floats")
-    if _all_finite(tensor):
-        return
-    b, n, k = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
-    raise CheckpointError(
-        f"{origin}: layer {ctx.layer.index}, expert {experts[b]}, {projection}: {tensor[b, n, k].item()} at row {n}, "
-        f"column {k}; expected finite weights. The file is damaged or the model diverged: get the file again"
-    )
 
 
 def _is_weight(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() in (2, 4)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Return whether (B, N, K) is finite, with one host synchronisation."""
-    peaks = torch.stack([absolute_maximum(tensor[b, rows], -1).amax() for b, rows in row_chunks(tensor)])
-    return bool(torch.isfinite(peaks).all())
 
 
 def _describe(thing: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,10 @@ TORCH_DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-READ_BUFFERS = 2  # one is filled while the other is quantized
+ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless 4 expert weights are more
+SPAN_BYTES = 4 << 20  # smaller weights are read together: a read of less does not reach a disk's speed
+MOST_READERS, MOST_WORKERS = 8, 4
+STAGED_SPANS = 2  # on a GPU: one is copied while the other is quantized
 
 
 @dataclass(frozen=True)
@@ -118,16 +122,43 @@ class Plan:
 
     @property
     def read_buffer_bytes(self) -> int:
-        """Return the size of one read buffer: the largest piece of an expert tensor, at least 1 MiB for the rest."""
-        return max(1 << 20, *(source.nbytes for source in self.sources))
+        """Return the size of one read buffer: the largest piece of an expert tensor, or several small ones."""
+        return max(SPAN_BYTES, *(source.nbytes for source in self.sources))
+
+    @property
+    def readers(self) -> int:
+        """Return how many threads read: on a CPU the others quantize."""
+        cores = usable_cores()
+        return max(1, min(MOST_READERS, cores if self.device.type == "cuda" else cores // 2))
+
+    @property
+    def workers(self) -> int:
+        """Return how many threads quantize; one gives a GPU its work."""
+        return 1 if self.device.type == "cuda" else min(MOST_WORKERS, usable_cores())
+
+    @property
+    def read_buffers(self) -> int:
+        """Return how many buffers the host has: one for each thread and one more, as far as the allowance goes."""
+        largest = max((layer.bytes_before // (3 * layer.layer.num_experts) for layer in self.layers), default=0)
+        allowed = max(ALLOWANCE, 4 * largest)
+        if self.device.type == "cuda":
+            # Pinned memory comes in powers of two: 32 MiB, or what two buffers need.
+            return max(2, (1 << (allowed * 3 // 4).bit_length() - 1) // self.read_buffer_bytes)
+        fits = (allowed - self.workers * self._scratch_bytes - (1 << 20)) // self.read_buffer_bytes
+        return max(2, min(fits, self.workers + self.readers + 1))
 
     @property
     def transient_bytes(self) -> int:
         """Return the memory needed on the device only while loading: staging and float32 scratch."""
-        scratch = 3 * 4 * max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
-        staged = 1 if self.device.type == "cuda" else READ_BUFFERS
+        staged = STAGED_SPANS if self.device.type == "cuda" else self.read_buffers
         # 1 MiB: error sums, slot tables, and what allocators round up.
-        return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
+        return staged * self.read_buffer_bytes + self.workers * self._scratch_bytes + (1 << 20)
+
+    @property
+    def _scratch_bytes(self) -> int:
+        """Return what one thread needs for arithmetic: three copies of a chunk in float32, or what a small one takes."""
+        chunk = max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
+        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes)
 
     @property
     def _largest_row_of_blocks(self) -> int:
@@ -157,6 +188,11 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "notes": list(self.checkpoint.notes),
         }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plan_model(

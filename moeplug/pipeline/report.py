@@ -20,6 +20,7 @@ from moeplug import __version__
 from moeplug.errors import InputOutputError
 from moeplug.moe.experts import describe
 from moeplug.pipeline.builder import LayerErrors
+from moeplug.pipeline.flow import Timings
 from moeplug.pipeline.plan import LayerPlan, Plan
 from moeplug.registry import Registry
 
@@ -36,6 +37,7 @@ class LayerReport:
         return self.plan.as_dict() | {
             "worst_relative_rms": self.errors.worst,
             "worst_where": self.errors.worst_where,
+            "exact_error": self.errors.exact,
             "mean_relative_rms": self.errors.mean,
         }
 
@@ -61,6 +63,7 @@ class Report:
     peak_host_bytes: int
     peak_device_bytes: int | None
     provenance: dict[str, Any]
+    timings: Timings
     evaluation: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -80,6 +83,7 @@ class Report:
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
             "gigabytes_per_second": self.gigabytes_per_second,
+            "timings": self.timings.as_dict(),
             "peak_host_bytes": self.peak_host_bytes,
             "peak_device_bytes": self.peak_device_bytes,
             "evaluation": self.evaluation,

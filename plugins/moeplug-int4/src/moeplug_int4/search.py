@@ -33,7 +33,7 @@ def quantize_with_search(ctx: moeplug.StageContext, projection: Projection, weig
         )
     scales = quantize(weight, spec, ctx.format(projection), out, words)
     for b, rows in row_chunks(weight):
-        of_rows, part = scales.of_rows(b, rows), weight[b : b + 1, rows]
+        of_rows, part = scales.of_rows(b, rows), weight[b, rows]
         assert of_rows.scale is not None
         codes = torch.empty(part.shape, dtype=torch.float32, device=part.device)
         G = spec.columns(part.shape[2])
@@ -42,7 +42,7 @@ def quantize_with_search(ctx: moeplug.StageContext, projection: Projection, weig
             scale = _search(values, of_rows.scale[..., columns, None], zero)
             of_rows.scale[..., columns, None] = scale
             of_group.copy_(_rounded(values, scale, zero))
-        encode(codes, ctx.format(projection), out[b : b + 1, rows], words)
+        encode(codes, ctx.format(projection), out[b, rows], words)
     return scales
 
 

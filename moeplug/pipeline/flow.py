@@ -1,0 +1,173 @@
+"""Bring what the ring reads to the code that quantizes it, and say what the load waited for.
+
+On a CPU several threads take spans and quantize them. On a GPU one thread copies spans on a stream of their own and
+queues the work, so reading, copying and quantizing overlap; the host waits for the GPU only to get a buffer back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeplug.checkpoint.reader import Piece, Ring, Span
+from moeplug.pipeline.builder import StageSeconds
+from moeplug.pipeline.plan import STAGED_SPANS
+
+Use = Callable[[Piece, Tensor, StageSeconds], None]
+Advance = Callable[[Span], None]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the seconds of one load went, each summed over the threads that spent them.
+
+    read: in reads, by `readers` threads. waited_for_reads, waited_for_gpu: by `workers` threads. check, quantize, error:
+    in looking for NaN, quantizing and measuring the error; on a GPU, the time to queue that work. other: what a worker
+    did beside these. gpu_copy, gpu_quantize: how long the GPU was busy with either; None without one.
+    """
+
+    seconds: float
+    weights: int
+    readers: int
+    workers: int
+    read: float
+    waited_for_reads: float
+    waited_for_gpu: float
+    check: float
+    quantize: float
+    error: float
+    other: float
+    gpu_copy: float | None = None
+    gpu_quantize: float | None = None
+
+    @classmethod
+    def of(cls, workers: int, seconds: StageSeconds, waited_for_reads: float, busy: float, **gpu: float) -> Timings:
+        """Return what workers spent; busy: everything but waiting, in all of them."""
+        torch_seconds = seconds.check + seconds.quantize + seconds.error
+        return cls(
+            0.0, seconds.weights, 0, workers, 0.0, waited_for_reads, gpu.pop("waited_for_gpu", 0.0),
+            seconds.check, seconds.quantize, seconds.error, max(0.0, busy - torch_seconds), **gpu,
+        )  # fmt: skip
+
+    def finished(self, seconds: float, read: float, readers: int) -> Timings:
+        """Return these timings with what the whole load took."""
+        return replace(self, seconds=seconds, read=read, readers=readers)
+
+    @property
+    def bounded_by(self) -> str:
+        """Return what would have to be faster: disk, copy, quantize or Python."""
+        queued = self.check + self.quantize + self.error
+        if self.gpu_copy is None or self.gpu_quantize is None:
+            costs = {"disk": self.waited_for_reads, "quantize": queued, "Python": self.other}
+        else:
+            of_gpu = "copy" if self.gpu_copy > self.gpu_quantize else "quantize"
+            costs = {"disk": self.waited_for_reads, of_gpu: self.waited_for_gpu, "Python": queued + self.other}
+        return max(costs, key=costs.__getitem__)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` and the report say of them."""
+        return asdict(self) | {"bounded_by": self.bounded_by}
+
+
+def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Timings:
+    """Use every piece, on this thread and workers - 1 more; raise the first error of any of them."""
+    results: list[tuple[StageSeconds, float, float]] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        seconds, waited, began = StageSeconds(), 0.0, time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            taken = ring.take()
+            waited += time.perf_counter() - asked
+            if taken is None:
+                break
+            span, buffer = taken
+            content = torch.frombuffer(buffer, dtype=torch.uint8)
+            for piece in span.pieces:
+                use(piece, span.bytes_of(piece, content), seconds)
+            ring.release(buffer)
+            advance(span)
+        results.append((seconds, waited, time.perf_counter() - began - waited))
+
+    def work_beside() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+            ring.stop()  # the others then find no more spans
+
+    beside = [threading.Thread(target=work_beside, name="moeplug-worker", daemon=True) for _ in range(workers - 1)]
+    for thread in beside:
+        thread.start()
+    try:
+        work()
+    finally:
+        ring.stop()
+        for thread in beside:
+            thread.join()
+    if errors:
+        raise errors[0]
+    total = StageSeconds(*(sum(getattr(r[0], f) for r in results) for f in StageSeconds.__dataclass_fields__))
+    return Timings.of(workers, total, sum(r[1] for r in results), sum(r[2] for r in results))
+
+
+def through_gpu(
+    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int
+) -> Timings:
+    """Use every piece on the GPU: copies on a side stream into STAGED_SPANS buffers, work on the current one."""
+    with torch.cuda.device(device):
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED_SPANS)]
+        side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
+        copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        seconds, waited, waited_for_gpu, began, number = StageSeconds(), 0.0, 0.0, time.perf_counter(), 0
+        while True:
+            asked = time.perf_counter()
+            taken = ring.take()
+            waited += time.perf_counter() - asked
+            if taken is None:
+                break
+            span, buffer = taken
+            into = staged[number % STAGED_SPANS][: span.nbytes]
+            four = copy_begin, copy_end, work_begin, work_end = tuple(
+                torch.cuda.Event(enable_timing=True) for _ in range(4)
+            )
+            if number >= STAGED_SPANS:
+                side.wait_event(events[number - STAGED_SPANS][3])  # who used this staging buffer last
+            with torch.cuda.stream(side):
+                copy_begin.record()
+                into.copy_(torch.frombuffer(buffer, dtype=torch.uint8)[: span.nbytes], non_blocking=True)
+                copy_end.record()
+            main.wait_event(copy_end)
+            work_begin.record()
+            for piece in span.pieces:
+                use(piece, span.bytes_of(piece, into), seconds)
+            work_end.record()
+            events.append(four)
+            copied.append((copy_end, buffer))
+            asked = time.perf_counter()
+            # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
+            while copied and (copied[0][0].query() or len(copied) > buffers // 2):
+                copied[0][0].synchronize()
+                ring.release(copied.popleft()[1])
+            waited_for_gpu += time.perf_counter() - asked
+            advance(span)
+            number += 1
+        asked = time.perf_counter()
+        torch.cuda.synchronize(device)
+        waited_for_gpu += time.perf_counter() - asked
+    busy = time.perf_counter() - began - waited - waited_for_gpu
+    copying = sum(begin.elapsed_time(end) for begin, end, _, _ in events) / 1e3
+    quantizing = sum(begin.elapsed_time(end) for _, _, begin, end in events) / 1e3
+    return Timings.of(
+        1, seconds, waited, busy, waited_for_gpu=waited_for_gpu, gpu_copy=copying, gpu_quantize=quantizing
+    )
