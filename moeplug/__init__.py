@@ -20,7 +20,7 @@ from moeplug.errors import (
 )
 
 if TYPE_CHECKING:
-    from moeplug.api import Loaded, load, plan, quantize_experts
+    from moeplug.api import Loaded, load, plan, quantize_experts, reload
     from moeplug.formats import NumberFormat
     from moeplug.hookspecs import StageContext, hookimpl
     from moeplug.moe.experts import QuantizedExperts
@@ -40,6 +40,7 @@ _LAZY = {
     "load": "moeplug.api",
     "plan": "moeplug.api",
     "quantize_experts": "moeplug.api",
+    "reload": "moeplug.api",
 }
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "plan",
     "quantize_experts",
+    "reload",
 ]
 
 

@@ -1,15 +1,16 @@
-"""The three calls of the Python API: plan a load, do it, or quantize weights that are in memory already.
+"""The Python API: plan a load, do it, give its layers other weights, or quantize weights that are in memory already.
 
 loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
 loaded.model.generate(...)              # a transformers model
 loaded.layers[0](hidden, weights, ids)  # one layer's QuantizedExperts
 loaded.report.as_dict()                 # what was done, and its provenance
+moeplug.reload(loaded, state_dict)      # other weights into the same storage
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.family import Family, find_family
+from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, read_config
-from moeplug.errors import UsageError
+from moeplug.errors import CheckpointError, UsageError
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
-from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
-from moeplug.pipeline.plan import activate_plugins
+from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, Targets, plan_layer, plan_model, run
+from moeplug.pipeline.plan import GroupPlan, LayerPlan, activate_plugins, ranges
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
 
@@ -36,12 +38,13 @@ class Loaded:
     """A finished load.
 
     layers: decoder-layer index → QuantizedExperts. model: the transformers model that holds them, or None.
-    report: bytes, errors, kernels, provenance.
+    report: bytes, errors, kernels, provenance. registry: whose plugins made the layers, for `reload`.
     """
 
     layers: dict[int, QuantizedExperts]
     model: Any
     report: Report
+    registry: Registry
 
 
 def demo_checkpoint() -> Path:
@@ -89,33 +92,115 @@ def load(
     budget: int | None = None,
     dummy: bool = False,
     observe: Iterable[str] = (),
+    exact_error: bool = False,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Loaded:
     """Load a checkpoint, quantizing its experts while reading, and return the layers, the model and the report.
 
     Arguments and errors as in `plan`; runtime "transformers" also builds the model around the layers. observe: names
-    of observer plugins. progress: called with (bytes read, bytes to read).
+    of observer plugins. exact_error: measure the error of all rows; else of every 16th row of a large weight, unless
+    the scheme says `accept:`. progress: called with (bytes read, bytes to read), from any thread.
     """
     registry = registry or Registry.discover()
     planned = plan(model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry)
     for name in observe:
         registry.observe(name)
-    return execute(planned, registry, runtime=runtime, progress=progress)
+    return execute(planned, registry, runtime=runtime, progress=progress, exact_error=exact_error)
 
 
 def execute(
-    planned: Plan, registry: Registry, *, runtime: Runtime | None = None, progress: Progress | None = None
+    planned: Plan,
+    registry: Registry,
+    *,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    exact_error: bool = False,
 ) -> Loaded:
     """Run a plan and build the runtime's model around its layers."""
     if runtime is None:
-        result = run(planned, registry, progress)
-        return Loaded(result.layers, None, result.report)
+        result = run(planned, registry, progress, exact_error=exact_error)
+        return Loaded(result.layers, None, result.report, registry)
     from moeplug.integrations.transformers import TransformersExperts, finish_model
 
     empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
-    result = run(planned, registry, progress, TransformersExperts)
-    return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
+    result = run(planned, registry, progress, TransformersExperts, exact_error=exact_error)
+    model = finish_model(empty, planned.family, result.layers, result.dense)
+    return Loaded(result.layers, model, result.report, registry)
+
+
+def reload(
+    loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progress: Progress | None = None
+) -> Report:
+    """Quantize other weights of the same model into the storage of a finished load, and return what was done.
+
+    source: a checkpoint folder, or tensors by the names that they have in the checkpoint's files, on any device.
+    One expert weight at a time: no address changes, so captured CUDA graphs and compiled code stay valid. The dense
+    weights of a loaded model are replaced too. What can be checked is checked before the first byte changes. A reload
+    that fails later leaves layers of which some experts are old and some new: calling or saving one raises UsageError
+    until a reload comes to its end.
+    Raises what `load` raises, and CheckpointError where the source is of another model.
+    """
+    before, layers = loaded.report.plan, loaded.layers
+    if isinstance(source, Mapping):
+        checkpoint: Checkpoint | MemoryCheckpoint = MemoryCheckpoint.of(source, before.checkpoint.config)
+        family = before.family
+    else:
+        checkpoint = Checkpoint.open(source)
+        family = find_family(checkpoint.config)
+    with_dense = loaded.model is not None
+    registry, device = loaded.registry, next(iter(layers.values())).slots.device
+    planned = plan_model(checkpoint, family, before.scheme, registry, device, with_dense=with_dense)
+    _require_same_layers(planned, layers)
+    # Groups as they are now: a module that was moved has other kernels and layouts than its load planned.
+    groups = {i: tuple(GroupPlan(g.ctx, ()) for g in module.expert_groups()) for i, module in layers.items()}
+    planned = replace(planned, layers=tuple(LayerPlan(old.layer, groups[old.layer.index]) for old in planned.layers))
+    dense = _dense_targets(loaded, planned) if with_dense else {}
+    for module in layers.values():
+        module.unfinished = f"a reload from {checkpoint.path} did not come to its end; reload again"
+    result = run(planned, registry, progress, into=Targets(layers, dense))
+    for module in layers.values():
+        module.unfinished = None
+    return result.report
+
+
+def _require_same_layers(planned: Plan, layers: Mapping[int, QuantizedExperts]) -> None:
+    given = {layer.layer.index: layer.layer for layer in planned.layers}
+    if given.keys() != layers.keys():
+        raise CheckpointError(
+            f"{planned.checkpoint.path}: has MoE layers {ranges(sorted(given))}; the model that is loaded has "
+            f"{ranges(sorted(layers))}. Nothing was changed"
+        )
+    for index, module in layers.items():
+        for name, value in vars(module.layer).items():
+            if getattr(given[index], name) != value:
+                raise CheckpointError(
+                    f"{planned.checkpoint.path}: layer {index} has {name} {getattr(given[index], name)}; the model "
+                    f"that is loaded has {value}. Nothing was changed"
+                )
+
+
+def _dense_targets(loaded: Loaded, planned: Plan) -> dict[str, Tensor]:
+    """Return where each dense tensor of the source belongs in the loaded model."""
+    found = dict(loaded.model.named_parameters(remove_duplicate=False)) | dict(loaded.model.named_buffers())
+    targets: dict[str, Tensor] = {}
+    for tensor in planned.kept:
+        target = found.get(planned.family.memory_name(tensor.name))
+        dtype = None if target is None else str(target.dtype).removeprefix("torch.")
+        if target is None or tuple(target.shape) != tensor.shape or dtype != TORCH_DTYPES[tensor.dtype]:
+            described = "nothing of this name" if target is None else f"{tuple(target.shape)} {dtype}"
+            raise CheckpointError(
+                f"{planned.checkpoint.path}: {tensor.name} is {tensor.shape} {tensor.dtype}; the model that is loaded "
+                f"has {described}. Nothing was changed"
+            )
+        targets[tensor.name] = target.data
+    missing = {tensor.name for tensor in loaded.report.plan.kept} - targets.keys()
+    if missing:
+        raise CheckpointError(
+            f"{planned.checkpoint.path}: has no {sorted(missing)[0]}, which the model that is loaded has. Nothing was "
+            "changed"
+        )
+    return targets
 
 
 def quantize_experts(

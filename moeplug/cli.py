@@ -127,10 +127,12 @@ def model_options(command: Command) -> Command:
     "--report", type=click.Path(path_type=Path), help="Where to write the report. Default: your state folder."
 )
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
+@click.option("--timings", is_flag=True, help="Show where the time went, and what bounded it.")
+@click.option("--exact-error", is_flag=True, help="Measure errors over all rows; else over one in 16 of large weights.")
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,
-    report: Path | None, observe: tuple[str, ...],
+    report: Path | None, observe: tuple[str, ...], timings: bool, exact_error: bool,
 ) -> None:  # fmt: skip
     """Load MODEL, quantizing its experts while reading, and say what was done.
 
@@ -155,13 +157,13 @@ def load(
     inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
     if report is not None:
         terminal.check_writable(report)
-    loaded = _execute(plan, registry, built, "loading")
+    loaded = _execute(plan, registry, built, "loading", exact_error)
     generated = None if inputs is None else _use(loaded, inputs, max_new_tokens)
     unwritten = terminal.write_report(loaded.report, report or terminal.default_report_path(plan))
     if as_json:
         terminal.print_json(loaded.report.as_dict() | {"prompt": prompt, "generated": generated})
     else:
-        terminal.print_report(loaded.report, prompt, generated)
+        terminal.print_report(loaded.report, prompt, generated, timings)
     if unwritten is not None and report is not None:
         raise unwritten
     if unwritten is not None:
@@ -483,13 +485,13 @@ def _runtime(name: str | None, dummy: bool) -> Any:
     return None if dummy or name == "none" else "transformers"
 
 
-def _execute(plan: Plan, registry: Registry, runtime: Any, label: str) -> Loaded:
+def _execute(plan: Plan, registry: Registry, runtime: Any, label: str, exact_error: bool = False) -> Loaded:
     from moeplug import api, terminal
 
     for line in plan.checkpoint.notes:
         terminal.note(line)
     with terminal.progress_bar(label) as progress:
-        return api.execute(plan, registry, runtime=runtime, progress=progress)
+        return api.execute(plan, registry, runtime=runtime, progress=progress, exact_error=exact_error)
 
 
 def _inputs(plan: Plan, prompt: str | None, text: Path | None, max_tokens: int | None = None) -> Inputs:

@@ -20,8 +20,8 @@ from moeplug.moe.layout import in_words
 from moeplug.scratch import scratch
 from moeplug.spec import WeightSpec
 
-# Elements of float32 scratch per chunk: 1 MiB on CPU (within a core's cache), 8 MiB on a GPU (fewer launches).
-CHUNK_ELEMENTS: Final = {"cpu": 1 << 18, "cuda": 1 << 21}
+# Elements of float32 scratch per chunk: 2 MiB on CPU (near the cache), 8 MiB on a GPU (fewer launches).
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 21}
 E8M0: Final = "float8_e8m0fnu"  # stored as bytes: torch compares, prints and saves torch.uint8 everywhere
 E4M3: Final = "float8_e4m3fn"
 LARGEST_E4M3: Final = 448.0
@@ -130,16 +130,21 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
     """
     check_spec(spec, fmt, *weight.shape[1:])
     scales = _empty_scales(weight, spec, fmt)
-    assert scales.scale is not None
-    if scales.global_scale is not None:
-        scales.global_scale.copy_(_global_scale(_tensor_amax(weight), fmt))
-    if spec.strategy == "tensor":
-        scales.scale.copy_(_final(_tensor_amax(weight), spec, fmt, scales.global_scale))
-    for b, rows in row_chunks(weight, spec.scale_rows):
-        of_rows, part = scales.of_rows(b, rows), weight[b, rows]
-        if spec.strategy != "tensor":
-            _write_scales(part, spec, fmt, of_rows)
-        _encode(part, spec, fmt, of_rows, out[b, rows], words)
+    _write_scales(weight, spec, fmt, scales)
+    divisors, low, high = scales.values(weight.shape[1]), -fmt.max_value, fmt.max_value
+    if scales.zero_point is not None:
+        assert fmt.asymmetric_range is not None
+        low, high = fmt.asymmetric_range
+    G = spec.columns(weight.shape[2])
+    for b, rows in row_chunks(weight):
+        part = weight[b, rows]
+        scaled = scratch("scaled", part.shape, part.device).copy_(part)
+        of_rows = rows if divisors.shape[1] > 1 else slice(None)
+        for values, columns in groups(scaled, G):
+            values /= divisors[b, of_rows, columns, None]  # a reciprocal gives other bytes for 0.04 % of int8 values
+            if scales.zero_point is not None:
+                values += scales.zero_point[b, of_rows, columns, None].float()
+        encode(scaled.clamp_(low, high), fmt, out[b, rows], words)
     return scales
 
 
@@ -227,11 +232,10 @@ def squared_error(
 
     step: look at rows 0, step, 2 * step, … alone.
     """
-    if step > 1:
-        scales = scales.every(step, weight.shape[1])
-        weight, stored = weight[:, ::step], stored[:, ::step]
+    scales = scales.every(step, weight.shape[1])
+    weight, stored = weight[:, ::step], stored[:, ::step]
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)
-    for b, rows in row_chunks(weight, scales.block[0] if scales.block else 1):
+    for b, rows in row_chunks(weight):
         part = weight[b, rows]
         exact = scratch("exact", part.shape, part.device).copy_(part)
         decoded = scratch("decoded", part.shape, part.device)
@@ -281,21 +285,16 @@ def largest_magnitude(weight: Tensor) -> Tensor:
     return peaks
 
 
-def row_chunks(weight: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+def row_chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield (b, rows) over (B, N, K) so that float32 scratch of a chunk stays within CHUNK_ELEMENTS.
 
     Small weights are taken several at a time, of large ones some rows.
-    multiple: chunks begin at multiples of it, and hold that many rows at least.
     """
     B, N, K = weight.shape
-    rows = CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1)
-    if rows >= N:
-        together = rows // max(N, 1)
-        yield from ((slice(b, min(b + together, B)), slice(0, N)) for b in range(0, B, together))
-        return
-    step = max(1, rows // multiple) * multiple
-    for b in range(B):
-        yield from ((slice(b, b + 1), slice(n, min(n + step, N))) for n in range(0, N, step))
+    rows = max(1, CHUNK_ELEMENTS.get(weight.device.type, 1 << 20) // max(K, 1))
+    together = max(1, rows // max(N, 1))
+    for b in range(0, B, together):
+        yield from ((slice(b, min(b + together, B)), slice(n, min(n + rows, N))) for n in range(0, N, rows))
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
@@ -310,10 +309,6 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     return norm.square()
 
 
-def _tensor_amax(weight: Tensor) -> Tensor:
-    return largest_magnitude(weight)[:, None, None]
-
-
 def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales:
     B, N, K = weight.shape
     shape, device = (B, *scale_shape(spec, N, K)), weight.device
@@ -326,10 +321,13 @@ def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales
 
 
 def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Scales) -> None:
-    """Write the scales, and the zero points, of weight (b, n, K) into `into`, whose tensors are (b, R, C)."""
+    """Write the scales, and the zero points, of weight (B, N, K) into `into`, whose tensors are (B, R, C)."""
     assert into.scale is not None
     if into.zero_point is None:
-        into.scale.copy_(_final(_amax(weight, spec), spec, fmt, into.global_scale))
+        amax = _amax(weight, spec)
+        if into.global_scale is not None:
+            into.global_scale.copy_(_global_scale(amax.amax((1, 2), keepdim=True), fmt))
+        into.scale.copy_(_final(amax, spec, fmt, into.global_scale))
         return
     assert fmt.asymmetric_range is not None
     low, high = fmt.asymmetric_range
@@ -342,28 +340,18 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
 
 
 def _amax(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """Return (b, R, C) float32, the absolute maximum of each group or block of weight (b, n, K)."""
-    parts = [absolute_maximum(part, -1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
-    amax, R = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), spec.scale_rows
+    """Return (B, R, C) float32, the absolute maximum of each group or block of weight (B, N, K)."""
+    if spec.strategy == "tensor":
+        return largest_magnitude(weight)[:, None, None]
+    (B, N, K), R, G = weight.shape, spec.scale_rows, spec.columns(weight.shape[2])
+    amax = torch.empty(B, N, -(-K // G), dtype=torch.float32, device=weight.device)
+    for b, rows in row_chunks(weight):
+        for part, columns in groups(weight[b, rows], G):
+            amax[b, rows, columns] = absolute_maximum(part, -1)
     if R == 1:
         return amax
-    padded = torch.nn.functional.pad(amax, (0, 0, 0, -amax.shape[1] % R))  # rows of zeros change no maximum
-    return padded.view(amax.shape[0], -1, R, amax.shape[2]).amax(2)
-
-
-def _encode(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales, out: Tensor, words: bool) -> None:
-    """Write the stored values of weight (b, n, K) into out (b, n, K / values_per_element)."""
-    scaled = scratch("scaled", weight.shape, weight.device).copy_(weight)
-    of_groups = scales.values(weight.shape[1])
-    low, high = -fmt.max_value, fmt.max_value
-    if scales.zero_point is not None:
-        assert fmt.asymmetric_range is not None
-        low, high = fmt.asymmetric_range
-    for part, columns in groups(scaled, spec.columns(weight.shape[2])):
-        part /= of_groups[..., columns, None]  # a reciprocal gives other bytes for 0.04 % of int8 values
-        if scales.zero_point is not None:
-            part += scales.zero_point[..., columns, None].float()
-    encode(scaled.clamp_(low, high), fmt, out, words)
+    padded = torch.nn.functional.pad(amax, (0, 0, 0, -N % R))  # rows of zeros change no maximum
+    return padded.view(B, -1, R, amax.shape[2]).amax(2)
 
 
 def _final(amax: Tensor, spec: WeightSpec, fmt: NumberFormat, global_scale: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
     from moeplug.pipeline import Plan, Report
+    from moeplug.pipeline.flow import Timings
     from moeplug.registry import Registry
     from moeplug.scheme import Scheme
 
@@ -103,7 +104,7 @@ def write_report(report: Report, path: Path) -> InputOutputError | None:
     return None
 
 
-def print_report(report: Report, prompt: str | None, generated: str | None) -> None:
+def print_report(report: Report, prompt: str | None, generated: str | None, timings: bool = False) -> None:
     """Print the table of a load, then its totals, perplexity and where the report is."""
     console, plan = out(), report.plan
     table = _table("layer", "before", "after", "worst\nerror", "mean\nerror", "weights", "kernel")
@@ -116,7 +117,8 @@ def print_report(report: Report, prompt: str | None, generated: str | None) -> N
             table.add_row(*shown, *texts)
             shown = [""] * len(shown)
     _print_table(console, plan, table)
-    console.print("errors: relative RMS of an expert weight, ||weight - decoded|| / ||weight||", style="dim")
+    rows = "" if all(layer.errors.exact for layer in report.layers) else ", over one row in 16 (all: --exact-error)"
+    console.print(f"errors: relative RMS of an expert weight, ||weight - decoded|| / ||weight||{rows}", style="dim")
     worst = max(report.layers, key=lambda layer: layer.errors.worst)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
     _print_lines(
@@ -126,6 +128,7 @@ def print_report(report: Report, prompt: str | None, generated: str | None) -> N
         ("other weights", f"{size(plan.dense_bytes)}, as they were" if plan.with_dense else "not loaded"),
         ("peak memory", _peak(report)),
         ("time", f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s of checkpoint"),
+        *(_timings(report.timings) if timings else ()),
         ("perplexity", _perplexity(report.evaluation) if report.evaluation else None),
         ("report", f"{report.path} (provenance: versions, hashes, device)" if report.path else "not written"),
     )
@@ -269,6 +272,18 @@ def _experts(plan: Plan) -> str:
 def _peak(report: Report) -> str:
     host = f"{size(report.peak_host_bytes)} resident in this process, Python and torch included"
     return host if report.peak_device_bytes is None else f"{size(report.peak_device_bytes)} on the GPU, {host}"
+
+
+def _timings(timings: Timings) -> Iterator[tuple[str, str]]:
+    """Yield lines that say where the time went."""
+    t, on_gpu = timings, timings.gpu_copy is not None
+    yield "bounded by", t.bounded_by
+    yield "reading", f"{t.read:.2f} s in {t.readers} threads; waited for it {t.waited_for_reads:.2f} s"
+    if on_gpu:
+        yield "GPU", f"copied {t.gpu_copy:.2f} s, quantized {t.gpu_quantize:.2f} s; waited for it {t.waited_for_gpu:.2f} s"
+    what = "queueing" if on_gpu else f"{t.workers} threads"
+    parts = f"NaN check {t.check:.2f} s, quantize {t.quantize:.2f} s, error {t.error:.2f} s, Python beside {t.other:.2f} s"
+    yield what, f"{parts}, {1e6 * t.other / max(t.weights, 1):.0f} µs for each of {t.weights:,} weights"
 
 
 def _perplexity(evaluation: dict[str, Any]) -> str:

@@ -173,6 +173,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.layer = layer
         self.groups = nn.ModuleList(groups)
+        self.unfinished: str | None = None  # why the weights are not to be used: half of them are of another model
         # Ids are then slots as they are. Worked out here: comparing 128 ids costs 2 us a call.
         self._one_group = len(groups) == 1 and groups[0].ctx.experts == tuple(range(layer.num_experts))
         slots = [_slot_table(group.ctx.experts, layer.num_experts) for group in groups]
@@ -188,7 +189,7 @@ class QuantizedExperts(nn.Module):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Return the kernel of each group."""
-        return tuple(group.ctx.kernel.name for group in self._groups())
+        return tuple(group.ctx.kernel.name for group in self.expert_groups())
 
     def forward(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return (M, H) in hidden's dtype: the sum over T, in order, of topk_weights * expert(hidden).
@@ -218,16 +219,26 @@ class QuantizedExperts(nn.Module):
             total += group(hidden, topk_weights, slots[ids], out=part)
         return total.to(hidden.dtype) if out is None else out.copy_(total)
 
+    def _require_finished(self) -> None:
+        if self.unfinished is not None:
+            raise UsageError(f"layer {self.layer.index} holds a mixture of weights: {self.unfinished}")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._require_finished()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _place(self, expert: int) -> tuple[ExpertGroup, int]:
-        for group in self._groups():
+        for group in self.expert_groups():
             if expert in group.ctx.experts:
                 return group, group.ctx.experts.index(expert)
         raise UsageError(f"layer {self.layer.index} has no expert {expert}; it has 0 to {self.layer.num_experts - 1}")
 
-    def _groups(self) -> list[ExpertGroup]:
+    def expert_groups(self) -> list[ExpertGroup]:
+        """Return the groups, in the order of the plan."""
         return list(self.groups)  # type: ignore[arg-type]
 
     def _check(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+        self._require_finished()
         if hidden.dim() != 2 or hidden.shape[1] != self.layer.hidden_size:
             raise UsageError(f"hidden is {tuple(hidden.shape)}; expected (M, {self.layer.hidden_size})")
         if topk_ids.shape != topk_weights.shape or topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0]:

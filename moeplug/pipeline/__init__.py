@@ -6,18 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.locate import by_piece
-from moeplug.checkpoint.reader import Piece, Span, TensorInfo, in_file_order
+from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
+from moeplug.checkpoint.reader import Checkpoint, Piece, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
-from moeplug.pipeline.flow import Timings, through_gpu, through_threads
-from moeplug.pipeline.plan import TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
+from moeplug.pipeline.flow import Advance, Timings, Use, from_memory, through_gpu, through_threads
+from moeplug.pipeline.plan import LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
 from moeplug.quantization import peak_of
 from moeplug.registry import Registry
@@ -103,26 +105,32 @@ class _Job:
         """Read, quantize and finish all that the plan names."""
         started = time.perf_counter()
         plan = self._plan
-        buffers = self._read_buffers()
-        views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
 
         def use(piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
             self._feed(piece, raw, seconds) if piece in self._experts else self._keep(piece, raw)
 
-        def advance(span: Span) -> None:
+        def advance(nbytes: int) -> None:
             with self._lock:
-                self._done += span.nbytes
+                self._done += nbytes
                 progress(self._done, self.total_bytes)
 
-        ring = plan.checkpoint.ring(self._pieces, views, plan.readers)
-        with closing(ring):
+        if isinstance(plan.checkpoint, MemoryCheckpoint):
+            timings = from_memory(self._pieces, plan.checkpoint, use, advance, plan.device)
+        else:
+            timings = self._through_a_ring(plan.checkpoint, use, advance)
+        self._refuse_dense_not_finite()
+        assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
+        return replace(timings, seconds=time.perf_counter() - started)
+
+    def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, use: Use, advance: Advance) -> Timings:
+        plan, buffers = self._plan, self._read_buffers()
+        views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
+        with closing(checkpoint.ring(self._pieces, views, plan.readers)) as ring:
             if plan.device.type == "cuda":
                 timings = through_gpu(ring, use, advance, plan.device, plan.read_buffer_bytes, len(views))
             else:
                 timings = through_threads(ring, use, advance, plan.workers)
-        self._refuse_dense_not_finite()
-        assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
-        return timings.finished(time.perf_counter() - started, ring.read_seconds, plan.readers)
+        return replace(timings, read=ring.read_seconds, readers=plan.readers)
 
     def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
         """Give the expert weights in one piece to their layers, and finish those that are complete."""

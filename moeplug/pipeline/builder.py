@@ -34,7 +34,7 @@ ModuleClass = Callable[[LayerSpec, Sequence[ExpertGroup]], QuantizedExperts]
 
 # The error of a large weight is taken from every 16th row: of 768 rows, 48, whose error is within 1 % of all rows'.
 SAMPLED_ROWS = 16
-LEAST_ROWS = 32
+LEAST_ROWS = 48
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,8 @@ class LayerBuilder:
         self._accept = accept_relative_rms
         self._exact = exact_error or accept_relative_rms is not None
         self._into = into
-        homes = [None] * len(plan.groups) if into is None else list(into.groups)
-        self._groups = [
-            _GroupBuilder(group.ctx, registry, home)  # type: ignore[arg-type]  # a ModuleList holds modules
-            for group, home in zip(plan.groups, homes, strict=True)
-        ]
+        homes = [None] * len(plan.groups) if into is None else into.expert_groups()
+        self._groups = [_GroupBuilder(g.ctx, registry, home) for g, home in zip(plan.groups, homes, strict=True)]
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
         self._came: dict[tuple[int, Projection], str] = {}  # → origin
         # (E, 3, 2): squares of the error and of the weight; largest magnitudes as read and as the plugin's stage load

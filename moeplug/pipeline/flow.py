@@ -9,19 +9,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeplug.checkpoint.reader import Piece, Ring, Span
+from moeplug.checkpoint.memory import MemoryCheckpoint
+from moeplug.checkpoint.reader import Piece, Ring
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED_SPANS
 
 Use = Callable[[Piece, Tensor, StageSeconds], None]
-Advance = Callable[[Span], None]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,6 @@ class Timings:
             seconds.check, seconds.quantize, seconds.error, max(0.0, busy - torch_seconds), **gpu,
         )  # fmt: skip
 
-    def finished(self, seconds: float, read: float, readers: int) -> Timings:
-        """Return these timings with what the whole load took."""
-        return replace(self, seconds=seconds, read=read, readers=readers)
-
     @property
     def bounded_by(self) -> str:
         """Return what would have to be faster: disk, copy, quantize or Python."""
@@ -74,6 +71,19 @@ class Timings:
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` and the report say of them."""
         return asdict(self) | {"bounded_by": self.bounded_by}
+
+
+def from_memory(
+    pieces: Sequence[Piece], checkpoint: MemoryCheckpoint, use: Use, advance: Advance, device: torch.device
+) -> Timings:
+    """Use every piece of tensors that are in memory, one at a time on the device."""
+    seconds, began = StageSeconds(), time.perf_counter()
+    for piece in pieces:
+        use(piece, checkpoint.content(piece).to(device), seconds)
+        advance(piece.nbytes)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Timings.of(1, seconds, 0.0, time.perf_counter() - began)
 
 
 def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Timings:
@@ -94,7 +104,7 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
             for piece in span.pieces:
                 use(piece, span.bytes_of(piece, content), seconds)
             ring.release(buffer)
-            advance(span)
+            advance(span.nbytes)
         results.append((seconds, waited, time.perf_counter() - began - waited))
 
     def work_beside() -> None:
@@ -160,7 +170,7 @@ def through_gpu(
                 copied[0][0].synchronize()
                 ring.release(copied.popleft()[1])
             waited_for_gpu += time.perf_counter() - asked
-            advance(span)
+            advance(span.nbytes)
             number += 1
         asked = time.perf_counter()
         torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ import torch
 from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.locate import WeightSource
+from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
 from moeplug.errors import CheckpointError, RefusedError, SchemeError
 from moeplug.formats import NumberFormat, Unquantized
@@ -26,12 +27,6 @@ from moeplug.registry import Plugin, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import WeightSpec
 
-# safetensors' name of a dtype → torch's.
-TORCH_DTYPES = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
 ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless 4 expert weights are more
 SPAN_BYTES = 4 << 20  # smaller weights are read together: a read of less does not reach a disk's speed
 MOST_READERS, MOST_WORKERS = 8, 4
@@ -96,7 +91,7 @@ class LayerPlan:
 class Plan:
     """Everything that a load will do. `moeplug plan` prints it; `moeplug load` runs it and is held to it."""
 
-    checkpoint: Checkpoint | DummyCheckpoint
+    checkpoint: Checkpoint | DummyCheckpoint | MemoryCheckpoint
     family: Family
     scheme: Scheme
     device: torch.device
@@ -157,15 +152,8 @@ class Plan:
     @property
     def _scratch_bytes(self) -> int:
         """Return what one thread needs for arithmetic: three copies of a chunk in float32, or what a small one takes."""
-        chunk = max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
+        chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
         return min(3 * 4 * chunk, 12 * self.read_buffer_bytes)
-
-    @property
-    def _largest_row_of_blocks(self) -> int:
-        """The most weights in rows that share scales: a chunk of scratch holds all of them."""
-        contexts = [group.ctx for layer in self.layers for group in layer.groups]
-        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in PROJECTIONS]
-        return max((spec.scale_rows * K for spec, K in specs if spec is not None), default=0)
 
     @property
     def peak_bytes(self) -> int:
@@ -196,7 +184,7 @@ def usable_cores() -> int:
 
 
 def plan_model(
-    checkpoint: Checkpoint | DummyCheckpoint,
+    checkpoint: Checkpoint | DummyCheckpoint | MemoryCheckpoint,
     family: Family,
     scheme: Scheme,
     registry: Registry,
