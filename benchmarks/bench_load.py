@@ -1,18 +1,21 @@
-"""Measure loading: throughput beside a plain read and a memcpy, and memory beyond the finished model.
+"""Measure loading side by side: moeplug, a plain read of the files, safetensors, transformers, a bare loop, memcpy.
 
-    python benchmarks/bench_load.py --out benchmarks/results/load_cpu.json
-    python benchmarks/bench_load.py --device cuda --out benchmarks/results/load_gpu.json
+    python benchmarks/bench_load.py --gpu --out benchmarks/results/load_gpu.json
+    python benchmarks/bench_load.py --gigabytes 2.4 --out benchmarks/results/load_cpu.json
+    python benchmarks/bench_load.py --cpu-smoke
 
-Makes a Qwen3-MoE checkpoint with transformers (2.4 GB in bf16: 2 layers of 128 experts, H=2048, I=768) unless
---checkpoint names one, then runs each job in a process of its own, page cache warm, jobs in turn, --repeat times.
+Makes a checkpoint of Qwen3-MoE's experts (128 a layer, 3 MiB each in bf16; H=2048, I=768) unless --checkpoint names one.
+Each job runs in a process of its own, jobs in turn, --repeat times, page cache warm; with --cold also with the files
+thrown out of the page cache before each job. --minutes ends the measuring; what was measured until then is reported.
 
-Extra memory = peak - before - what stays, of host (VmHWM, reset before the job) and GPU (max_memory_allocated).
-The bound is max(64 MiB, 4 x the largest expert weight in bf16).
+Extra memory = peak - before - what stays: of the host (VmHWM, reset before the job) and of the GPU
+(max_memory_allocated). The bound is max(64 MiB, 4 x the largest expert weight in bf16).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,27 +25,69 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
 MIB = 2**20
 READ_BYTES = 16 * MIB
+SHARD_LAYERS = 2  # 2.4 GB a file
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16", "vocab_size": 4096,
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "max_position_embeddings": 4096, "rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 0,
+}  # fmt: skip
+SCHEMES = ("int8", "fp8", "fp8-block", "int4-g128")
 
 
-def make_checkpoint(folder: Path, layers: int) -> None:
-    """Write a random Qwen3-MoE of 128 experts per layer through transformers' own save_pretrained."""
+def make_checkpoint(folder: Path, layers: int, **sizes: int) -> None:
+    """Write a random Qwen3-MoE in the form of its checkpoints: a tensor for each projection of each expert."""
     import torch
-    import transformers
+    from safetensors.torch import save_file
 
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        eos_token_id=0, bos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1GB")
+    config = CONFIG | sizes | {"num_hidden_layers": layers}
+    H, I, E = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
+    heads, kv, D = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    noise = torch.empty(2**26 + 8191, dtype=torch.bfloat16).normal_(std=0.02)  # 134 MB: no two weights begin alike
+    weight_map: dict[str, str] = {}
+    place = 0
+
+    def weight(*shape: int) -> Any:
+        nonlocal place
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        place = (place + 10007) % (noise.numel() - count)
+        return noise[place : place + count].view(shape).clone()
+
+    def save(tensors: dict[str, Any], file: str) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    vocabulary = config["vocab_size"]
+    outside = {"model.embed_tokens.weight": weight(vocabulary, H), "lm_head.weight": weight(vocabulary, H)}
+    save(outside | {"model.norm.weight": torch.ones(H, dtype=torch.bfloat16)}, "model-outside.safetensors")
+    for first in range(0, layers, SHARD_LAYERS):
+        tensors: dict[str, Any] = {}
+        for layer in range(first, min(first + SHARD_LAYERS, layers)):
+            at = f"model.layers.{layer}."
+            for name, shape in (("q", (heads * D, H)), ("k", (kv * D, H)), ("v", (kv * D, H)), ("o", (H, heads * D))):
+                tensors[f"{at}self_attn.{name}_proj.weight"] = weight(*shape)
+            for name, size in (("self_attn.q_norm", D), ("self_attn.k_norm", D)):
+                tensors[f"{at}{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{at}{name}.weight"] = torch.ones(H, dtype=torch.bfloat16)
+            tensors[f"{at}mlp.gate.weight"] = weight(E, H)
+            for expert in range(E):
+                for name, shape in (("gate", (I, H)), ("up", (I, H)), ("down", (H, I))):
+                    tensors[f"{at}mlp.experts.{expert}.{name}_proj.weight"] = weight(*shape)
+        save(tensors, f"model-layers-{first:03d}.safetensors")
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    os.sync()  # or the pages that were never written would stay when the cache is to be cold
 
 
 def resident() -> int:
@@ -57,15 +102,23 @@ def peak_resident() -> int:
 
 
 def reset_peak() -> None:
-    """Let the kernel count the peak from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Let the kernel count the peak from now on; some containers do not allow it, and the whole peak then counts."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def plain_read(files: list[Path], threads: int) -> float:
-    """Return seconds to pread all files into reused buffers with some threads."""
-    parts = [
-        (f, o, min(READ_BYTES, f.stat().st_size - o)) for f in files for o in range(0, f.stat().st_size, READ_BYTES)
-    ]
+def throw_out(files: list[Path]) -> None:
+    """Drop the files' pages from the page cache: they are clean, so no privilege is needed."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def plain_read(files: list[Path], threads: int) -> None:
+    """Read all files into reused buffers with some threads."""
+    sizes = [(file, file.stat().st_size) for file in files]
+    parts = [(f, o, min(READ_BYTES, size - o)) for f, size in sizes for o in range(0, size, READ_BYTES)]
     todo, lock = iter(parts), threading.Lock()
 
     def work() -> None:
@@ -83,171 +136,300 @@ def plain_read(files: list[Path], threads: int) -> float:
             os.close(descriptor)
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
-    started = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return time.perf_counter() - started
 
 
-def memcpy(total: int) -> float:
-    """Return seconds to copy `total` bytes between two touched 256 MiB buffers, with all of torch's threads."""
+def memcpy(total: int) -> Callable[[], None]:
+    """Return a copy of `total` bytes between two touched buffers of 256 MiB, with all of torch's threads."""
     import torch
 
     source, target = (torch.ones(256 * MIB, dtype=torch.uint8) for _ in range(2))
-    started = time.perf_counter()
-    for _ in range(max(1, total // source.nbytes)):
-        target.copy_(source)
-    return (time.perf_counter() - started) * total / (max(1, total // source.nbytes) * source.nbytes)
+
+    def copy() -> None:
+        for _ in range(total // source.nbytes):
+            target.copy_(source)
+        target[: total % source.nbytes].copy_(source[: total % source.nbytes])
+
+    return copy
 
 
-def run_job(job: str, checkpoint: Path, device: str) -> dict[str, Any]:
-    """Run one job in this process and return seconds and memory."""
-    import torch
-
-    files = sorted(checkpoint.glob("*.safetensors"))
-    total = sum(file.stat().st_size for file in files)
-    if job.startswith("plain read"):
-        return {"seconds": plain_read(files, int(job.split()[2])), "bytes": total}
-    if job == "memcpy":
-        return {"seconds": memcpy(total), "bytes": total}
-    load = prepare(job, checkpoint, device)
-    warm_up(device)
-    cuda = device.startswith("cuda")
-    reset_peak()
-    before = resident()
-    gpu_before = torch.cuda.memory_allocated() if cuda else 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    kept = load()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    peak, after = peak_resident(), resident()
-    stays = sum({t.data_ptr(): t.nbytes for t in tensors_of(kept)}.values())
-    host_stays = 0 if cuda else stays
-    result = {
-        "seconds": seconds, "bytes": total, "stays": stays, "host_peak_minus_before": peak - before,
-        "host_after_minus_before": after - before, "host_extra": peak - before - host_stays,
-    }  # fmt: skip
-    if cuda:
-        result["gpu_extra"] = torch.cuda.max_memory_allocated() - gpu_before - stays
-    return result
-
-
-def prepare(job: str, checkpoint: Path, device: str) -> Any:
-    """Import everything a job needs and return the function to measure."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with torch.device("meta"):  # imports the model's code: hundreds of modules that are not the load's own
-        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
-    tool, _, scheme = job.partition(" ")
+def prepare(job: str, checkpoint: Path, files: list[Path], device: str) -> Callable[[], Any]:
+    """Import everything that a job needs and return the function to measure, which returns what it leaves."""
+    tool, _, what = job.partition(" ")
+    if tool == "plain-read":
+        return lambda: plain_read(files, int(what))
+    if tool == "memcpy":
+        return memcpy(sum(file.stat().st_size for file in files))
     if tool == "moeplug":
-        import moeplug
-        import moeplug.integrations.transformers
-        from moeplug.registry import Registry
+        return prepare_moeplug(checkpoint, what, device)
+    if tool == "transformers":
+        import torch
+        import transformers
 
-        registry = Registry.discover()
-        small = torch.randn(2, 256, 128, device=device), torch.randn(2, 128, 128, device=device)
-        moeplug.quantize_experts(*small, scheme, registry=registry)  # imports and first calls are not the load's own
-        return lambda: moeplug.load(checkpoint, scheme, device=device, runtime="transformers", registry=registry).model
-    more: dict[str, Any] = {}
-    if scheme == "fp8":
-        more["quantization_config"] = transformers.FineGrainedFP8Config()
-    auto = transformers.AutoModelForCausalLM
-    return lambda: auto.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device, **more)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        with torch.device("meta"):  # imports the model's code: hundreds of modules that are not the load's own
+            transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
+        auto = transformers.AutoModelForCausalLM
+        return lambda: auto.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device)
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if tool == "safetensors":
+        return lambda: [load_file(file, device=device) for file in files]
+
+    def bare_loop() -> list[Any]:
+        kept = []
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                kept += [opened.get_slice(name)[:].to(device, copy=True) for name in opened.keys()]  # noqa: SIM118
+        return kept
+
+    return bare_loop
+
+
+def prepare_moeplug(checkpoint: Path, scheme: str, device: str) -> Callable[[], Any]:
+    """Return a load of the experts (the other weights are some percent), after first calls that are not its own."""
+    import torch
+
+    import moeplug
+    from moeplug.registry import Registry
+
+    registry = Registry.discover()
+    small = torch.randn(2, 256, 128, device=device), torch.randn(2, 128, 128, device=device)
+    moeplug.quantize_experts(*small, scheme, registry=registry)
+    return lambda: moeplug.load(checkpoint, scheme, device=device, registry=registry)
 
 
 def warm_up(device: str) -> None:
-    """Start torch's threads, and the GPU, before memory is counted."""
+    """Start torch's threads, and the GPU with its copies from pinned memory, before memory is counted."""
     import torch
 
     x = torch.randn(512, 512, device=device)
     (x @ x).sum().item()
 
 
-def tensors_of(model: Any) -> Any:
-    """Yield every parameter and buffer."""
-    yield from model.parameters()
-    yield from model.buffers()
+def tensors_of(kept: Any) -> Any:
+    """Yield every tensor that a job left."""
+    if hasattr(kept, "layers"):
+        for layer in kept.layers.values():
+            yield from layer.buffers()
+    elif hasattr(kept, "parameters"):
+        yield from kept.parameters()
+        yield from kept.buffers()
+    else:
+        for thing in kept or ():
+            yield from thing.values() if isinstance(thing, dict) else [thing]
+
+
+def run_job(job: str, checkpoint: Path, device: str, cold: bool) -> dict[str, Any]:
+    """Run one job in this process and return seconds and memory."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    load = prepare(job, checkpoint, files, device)
+    cuda = device.startswith("cuda") and not job.startswith(("plain-read", "memcpy"))
+    if not job.startswith("plain-read"):
+        warm_up(device if cuda else "cpu")
+    if cold:
+        throw_out(files)
+    reset_peak()
+    before = resident()
+    if cuda:
+        import torch
+
+        gpu_before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    kept = load()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = peak_resident()
+    report = getattr(kept, "report", None)
+    # moeplug here reads the experts alone, so its rate is that of the bytes it read.
+    read = sum(file.stat().st_size for file in files) if report is None else report.bytes_read
+    stays = sum({t.data_ptr(): t.nbytes for t in tensors_of(kept)}.values())
+    result = {"seconds": seconds, "bytes": read, "stays": stays, "host_extra": peak - before - (0 if cuda else stays)}
+    if cuda:
+        result["gpu_extra"] = torch.cuda.max_memory_allocated() - gpu_before - stays
+    if report is not None:
+        result["timings"] = report.timings.as_dict()
+    return result
+
+
+def jobs_of(device: str) -> list[str]:
+    """Return what to measure, the plain reads first."""
+    cores = len(os.sched_getaffinity(0))
+    jobs = ["plain-read 1", "plain-read 8", "memcpy", "safetensors load_file", "bare-loop to_device"]
+    jobs += [f"plain-read {cores}"] * (cores not in (1, 8))
+    jobs += ["transformers bf16", *(f"moeplug {scheme}" for scheme in SCHEMES)]
+    try:
+        import accelerate  # noqa: F401  # transformers needs it to load to a device
+        import transformers  # noqa: F401
+    except ImportError as error:
+        print(f"transformers bf16 is left out: {error}", file=sys.stderr)
+        jobs.remove("transformers bf16")
+    return jobs
+
+
+def measure(args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """Run every job in turn, each in a process of its own, until all repeats are done or the time is up."""
+    results = []
+    for repeat in range(args.repeat):
+        for state in ["warm", "cold"] if args.cold else ["warm"]:
+            if state == "warm":
+                plain_read(sorted(args.checkpoint.glob("*.safetensors")), 8)
+            for job in jobs_of(args.device):
+                if (state == "cold" and job == "memcpy") or time.monotonic() > deadline:
+                    continue
+                result = run_apart(args, job, state)
+                results.append({"job": job, "cache": state, "repeat": repeat, **result})
+    if time.monotonic() > deadline:
+        print(f"stopped after {args.minutes} minutes: some repeats are missing", file=sys.stderr)
+    return results
+
+
+def run_apart(args: argparse.Namespace, job: str, state: str) -> dict[str, Any]:
+    """Return one job's result, or what went wrong."""
+    command = [sys.executable, __file__, "--job", job, "--checkpoint", str(args.checkpoint), "--device", args.device]
+    command += ["--cold"] * (state == "cold")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return {"failed": "took more than 300 s"}
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"{job}, {state}: failed: {reason}", file=sys.stderr)
+        return {"failed": reason}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    rate = result["bytes"] / 1e9 / result["seconds"]
+    bound = result.get("timings", {}).get("bounded_by", "")
+    print(f"{job:24} {state}  {rate:6.2f} GB/s  {bound}", file=sys.stderr, flush=True)
+    return result
+
+
+def python_per_weight(device: str) -> dict[str, Any]:
+    """Load 18,432 expert weights (48 layers of 128 experts) of 64 x 64 generated numbers: what is left is Python."""
+    import moeplug
+    from moeplug.registry import Registry
+
+    registry = Registry.discover()
+    with tempfile.TemporaryDirectory() as folder:
+        config = CONFIG | {"num_hidden_layers": 48, "hidden_size": 64, "moe_intermediate_size": 64}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        planned_at = time.perf_counter()
+        moeplug.plan(folder, "int8", device=device, dummy=True, registry=registry)
+        plan_seconds = time.perf_counter() - planned_at
+        report = moeplug.load(folder, "int8", device=device, dummy=True, registry=registry).report
+    weights = report.timings.weights
+    return {"weights": weights, "plan_seconds": plan_seconds, "us_per_weight": 1e6 * report.seconds / weights,
+            "timings": report.timings.as_dict()}  # fmt: skip
 
 
 def largest_expert_weight(checkpoint: Path) -> int:
     """Return the bytes of the largest projection of one expert in bf16."""
     config = json.loads((checkpoint / "config.json").read_text())
-    return 2 * config["hidden_size"] * config["moe_intermediate_size"]
+    return 2 * int(config["hidden_size"]) * int(config["moe_intermediate_size"])
 
 
-def main() -> None:
-    """Make the checkpoint, run every job in turn, and print and write the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--layers", type=int, default=2, help="of the checkpoint that is made; 1.2 GB each")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job:
-        print(json.dumps(run_job(args.job, args.checkpoint, args.device)))
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        if args.checkpoint is None:
-            args.checkpoint = Path(temporary)
-            make_checkpoint(args.checkpoint, args.layers)
-        report(args, measure(args))
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the medians of each job and cache state, with the lowest and the highest rate."""
+    rows = []
+    for job, cache in dict.fromkeys((r["job"], r["cache"]) for r in results):
+        of_job = [r for r in results if (r["job"], r["cache"]) == (job, cache) and "failed" not in r]
+        if not of_job:
+            continue
+        rates = sorted(r["bytes"] / 1e9 / r["seconds"] for r in of_job)
+        row = {"job": job, "cache": cache, "runs": len(of_job), "gb_per_s": statistics.median(rates)}
+        row |= {"lowest": rates[0], "highest": rates[-1]}
+        row |= {k: statistics.median(r[k] for r in of_job) for k in of_job[0] if isinstance(of_job[0][k], int)}
+        if "timings" in of_job[0]:
+            row["bounded_by"] = statistics.mode(r["timings"]["bounded_by"] for r in of_job)
+        rows.append(row)
+    return rows
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return each job's runs, in turn, each in a process of its own."""
-    jobs = ["plain read 1", "plain read 8" if args.device != "cpu" else "plain read 2", "memcpy"]
-    jobs += ["moeplug int8", "moeplug int8-g128", "transformers bf16"]
-    if args.device != "cpu":
-        jobs.append("transformers fp8")
-    runs: dict[str, list[dict[str, Any]]] = {job: [] for job in jobs}
-    for _ in range(args.repeat):
-        for job in jobs:
-            command = [sys.executable, __file__, "--job", job, "--checkpoint", str(args.checkpoint)]
-            done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True)
-            if done.returncode:
-                print(f"{job}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                continue
-            runs[job].append(json.loads(done.stdout.splitlines()[-1]))
-    return runs
+def print_table(rows: list[dict[str, Any]], bound: int) -> None:
+    """Print the medians, and what they are of the plain read and of memcpy."""
+    rates = {(row["job"], row["cache"]): row["gb_per_s"] for row in rows}
+    print(f"{'job':24} {'cache':5} {'GB/s':>6} {'spread':>13} {'of read':>8} {'of memcpy':>9} "
+          f"{'stays MiB':>10} {'host extra':>11} {'GPU extra':>10}  bounded by")  # fmt: skip
+    for row in rows:
+        job, cache = row["job"], row["cache"]
+        best_read = max(rate for (name, state), rate in rates.items() if name.startswith("plain") and state == cache)
+        copy = rates.get(("memcpy", "warm"))
+        memory = [f"{row[k] / MIB:.0f}" if k in row else "-" for k in ("stays", "host_extra", "gpu_extra")]
+        print(
+            f"{job:24} {cache:5} {row['gb_per_s']:6.2f} {row['lowest']:6.2f}-{row['highest']:<6.2f} "
+            f"{row['gb_per_s'] / best_read:8.2f} {row['gb_per_s'] / copy if copy else 0:9.3f} "
+            f"{memory[0]:>10} {memory[1]:>11} {memory[2]:>10}  {row.get('bounded_by', '')}"
+        )
+    print(f"bound on extra memory: {bound / MIB:.0f} MiB, host and device each")
 
 
-def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+def report(args: argparse.Namespace, results: list[dict[str, Any]], small: dict[str, Any]) -> None:
     """Print a table of medians and write everything as JSON."""
     import torch
 
     bound = max(64 * MIB, 4 * largest_expert_weight(args.checkpoint))
-    print(f"{'job':20} {'s':>7} {'GB/s':>6} {'spread':>13} {'stays MiB':>10} {'host extra':>11} {'GPU extra':>10}")
-    for job, results in runs.items():
-        if not results:
-            continue
-        rates = sorted(r["bytes"] / 1e9 / r["seconds"] for r in results)
-        middle = {k: statistics.median(r[k] for r in results) for k in results[0]}
-        memory = [f"{middle[k] / MIB:.0f}" if k in middle else "-" for k in ("stays", "host_extra", "gpu_extra")]
-        spread = f"{rates[0]:.2f}-{rates[-1]:.2f}"
-        print(
-            f"{job:20} {middle['seconds']:7.2f} {statistics.median(rates):6.2f} {spread:>13} "
-            f"{memory[0]:>10} {memory[1]:>11} {memory[2]:>10}"
-        )
-    print(f"bound on extra memory: {bound / MIB:.0f} MiB")
+    rows = summary(results)
+    print_table(rows, bound)
+    print(f"{small['weights']:,} weights of 64 x 64: {small['us_per_weight']:.0f} us each; "
+          f"the plan took {small['plan_seconds']:.2f} s")  # fmt: skip
     if args.out is None:
         return
-    gpu = torch.cuda.get_device_name() if args.device != "cpu" else None
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    command = " ".join(["python", "benchmarks/bench_load.py", *sys.argv[1:]])
     document = {
-        "command": " ".join(["python", "benchmarks/bench_load.py", *sys.argv[1:]]), "gpu": gpu,
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-        "python": platform.python_version(), "bound_bytes": bound, "runs": runs,
+        "command": command, "gpu": gpu, "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "python": platform.python_version(),
+        "bound_bytes": bound, "medians": rows, "small_weights": small, "runs": results,
     }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a Qwen3-MoE in bf16; default: one is made")
+    parser.add_argument("--gigabytes", type=float, default=8.5, help="of the checkpoint that is made; layers have 1.2")
+    parser.add_argument("--folder", type=Path, help="where to make it; default: the temporary folder")
+    parser.add_argument("--gpu", action="store_true", help="same as --device cuda --cold")
+    parser.add_argument("--cpu-smoke", action="store_true", help="a tiny checkpoint, once: does everything run?")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cold", action="store_true", help="also with the files out of the page cache")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=4.0, help="when to stop measuring")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.gpu:
+        args.device, args.cold = "cuda", True
+    if args.cpu_smoke:
+        args.repeat, args.cold = 1, True
+    return args
+
+
+def main() -> None:
+    """Make the checkpoint, run every job in turn, and print and write the medians."""
+    args = parse()
+    if args.job:
+        print(json.dumps(run_job(args.job, args.checkpoint, args.device, args.cold)))
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        if args.checkpoint is None:
+            args.checkpoint = Path(temporary)
+            if args.cpu_smoke:
+                sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}
+                make_checkpoint(args.checkpoint, 2, **sizes)
+            else:
+                make_checkpoint(args.checkpoint, max(1, round(args.gigabytes / 1.21)))
+        results = measure(args, deadline)
+        report(args, results, python_per_weight(args.device))
 
 
 if __name__ == "__main__":

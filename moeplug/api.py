@@ -129,9 +129,7 @@ def execute(
     return Loaded(result.layers, model, result.report, registry)
 
 
-def reload(
-    loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progress: Progress | None = None
-) -> Report:
+def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progress: Progress | None = None) -> Report:
     """Quantize other weights of the same model into the storage of a finished load, and return what was done.
 
     source: a checkpoint folder, or tensors by the names that they have in the checkpoint's files, on any device.

@@ -280,10 +280,14 @@ def _timings(timings: Timings) -> Iterator[tuple[str, str]]:
     yield "bounded by", t.bounded_by
     yield "reading", f"{t.read:.2f} s in {t.readers} threads; waited for it {t.waited_for_reads:.2f} s"
     if on_gpu:
-        yield "GPU", f"copied {t.gpu_copy:.2f} s, quantized {t.gpu_quantize:.2f} s; waited for it {t.waited_for_gpu:.2f} s"
-    what = "queueing" if on_gpu else f"{t.workers} threads"
-    parts = f"NaN check {t.check:.2f} s, quantize {t.quantize:.2f} s, error {t.error:.2f} s, Python beside {t.other:.2f} s"
-    yield what, f"{parts}, {1e6 * t.other / max(t.weights, 1):.0f} µs for each of {t.weights:,} weights"
+        busy = f"copied {t.gpu_copy:.2f} s, quantized {t.gpu_quantize:.2f} s"
+        yield "GPU", f"{busy}; waited for it {t.waited_for_gpu:.2f} s"
+    parts = (
+        f"NaN check {t.check:.2f} s, quantize {t.quantize:.2f} s, error {t.error:.2f} s, beside these {t.other:.2f} s"
+    )
+    each = 1e6 * t.other / max(t.weights, 1)
+    where = "queueing" if on_gpu else f"{t.workers} threads"
+    yield where, f"{parts} ({each:.0f} µs for each of {t.weights:,} weights)"
 
 
 def _perplexity(evaluation: dict[str, Any]) -> str:

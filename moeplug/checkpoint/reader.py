@@ -29,7 +29,17 @@ from moeplug.checkpoint.files import (
     strict_json,
 )
 from moeplug.checkpoint.safetensors_header import Header, TensorInfo, read_header
-from moeplug.checkpoint.streaming import FileReader, Piece, Ring, Span, Stream, in_file_order, in_turn, require_fit, spans_of
+from moeplug.checkpoint.streaming import (
+    FileReader,
+    Piece,
+    Ring,
+    Span,
+    Stream,
+    in_file_order,
+    in_turn,
+    require_fit,
+    spans_of,
+)
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
 __all__ = ["Checkpoint", "Piece", "Ring", "Span", "Stream", "TensorInfo", "in_file_order", "read_config"]

@@ -179,7 +179,9 @@ class Ring:
         self._running = threads
         self._error: BaseException | None = None
         self._stopped = False
-        self._threads = [threading.Thread(target=self._read, name="moeplug-reader", daemon=True) for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._read, name="moeplug-reader", daemon=True) for _ in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 

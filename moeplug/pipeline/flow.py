@@ -29,9 +29,9 @@ Advance = Callable[[int], None]
 class Timings:
     """Where the seconds of one load went, each summed over the threads that spent them.
 
-    read: in reads, by `readers` threads. waited_for_reads, waited_for_gpu: by `workers` threads. check, quantize, error:
-    in looking for NaN, quantizing and measuring the error; on a GPU, the time to queue that work. other: what a worker
-    did beside these. gpu_copy, gpu_quantize: how long the GPU was busy with either; None without one.
+    read: in reads, by `readers` threads. waited_for_reads, waited_for_gpu: by `workers` threads. check, quantize,
+    error: in looking for NaN, quantizing and measuring the error; on a GPU, the time to queue that work. other: what a
+    worker did beside these. gpu_copy, gpu_quantize: how long the GPU was busy with either; None without one.
     """
 
     seconds: float
@@ -129,12 +129,10 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
     return Timings.of(workers, total, sum(r[1] for r in results), sum(r[2] for r in results))
 
 
-def through_gpu(
-    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int
-) -> Timings:
+def through_gpu(ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int) -> Timings:
     """Use every piece on the GPU: copies on a side stream into STAGED_SPANS buffers, work on the current one."""
     with torch.cuda.device(device):
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED_SPANS)]
         side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
         copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
@@ -148,9 +146,7 @@ def through_gpu(
                 break
             span, buffer = taken
             into = staged[number % STAGED_SPANS][: span.nbytes]
-            four = copy_begin, copy_end, work_begin, work_end = tuple(
-                torch.cuda.Event(enable_timing=True) for _ in range(4)
-            )
+            copy_begin, copy_end, work_begin, work_end = _event(), _event(), _event(), _event()
             if number >= STAGED_SPANS:
                 side.wait_event(events[number - STAGED_SPANS][3])  # who used this staging buffer last
             with torch.cuda.stream(side):
@@ -162,11 +158,11 @@ def through_gpu(
             for piece in span.pieces:
                 use(piece, span.bytes_of(piece, into), seconds)
             work_end.record()
-            events.append(four)
+            events.append((copy_begin, copy_end, work_begin, work_end))
             copied.append((copy_end, buffer))
             asked = time.perf_counter()
             # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
-            while copied and (copied[0][0].query() or len(copied) > buffers // 2):
+            while copied and (len(copied) > buffers // 2 or copied[0][0].query()):  # type: ignore[no-untyped-call]
                 copied[0][0].synchronize()
                 ring.release(copied.popleft()[1])
             waited_for_gpu += time.perf_counter() - asked
@@ -181,3 +177,7 @@ def through_gpu(
     return Timings.of(
         1, seconds, waited, busy, waited_for_gpu=waited_for_gpu, gpu_copy=copying, gpu_quantize=quantizing
     )
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

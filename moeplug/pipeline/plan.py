@@ -151,7 +151,7 @@ class Plan:
 
     @property
     def _scratch_bytes(self) -> int:
-        """Return what one thread needs for arithmetic: three copies of a chunk in float32, or what a small one takes."""
+        """Return what one thread needs for arithmetic: three copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
         return min(3 * 4 * chunk, 12 * self.read_buffer_bytes)
 
