@@ -4,7 +4,7 @@
     python benchmarks/bench_load.py --gigabytes 2.4 --out benchmarks/results/load_cpu.json
     python benchmarks/bench_load.py --cpu-smoke
 
-Makes a checkpoint of Qwen3-MoE's experts (128 a layer, 3 MiB each in bf16; H=2048, I=768) unless --checkpoint names one.
+Makes a Qwen3-MoE (128 experts a layer, projections of 3 MiB in bf16; H=2048, I=768) unless --checkpoint names one.
 Each job runs in a process of its own, jobs in turn, --repeat times, page cache warm; with --cold also with the files
 thrown out of the page cache before each job. --minutes ends the measuring; what was measured until then is reported.
 

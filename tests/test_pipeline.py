@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -281,3 +282,82 @@ def test_a_dense_tensor_of_wide_numbers_larger_than_a_buffer_comes_whole(tiny_ch
     helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update({name: wide}))
     loaded = moeplug.load(folder, "int8", device="cpu", runtime="transformers")
     assert torch.equal(loaded.model.state_dict()[name], wide)
+
+
+def test_a_load_says_where_its_time_went(tiny_checkpoint):
+    report = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cpu").report
+    timings = report.as_dict()["timings"]
+    assert timings["weights"] == 2 * 8 * 3
+    assert timings["bounded_by"] in ("disk", "quantize", "Python")
+    assert timings["gpu_copy"] is None
+    parts = [timings[name] for name in ("read", "waited_for_reads", "check", "quantize", "error", "other")]
+    assert all(0 <= part <= timings["seconds"] * max(timings["workers"], timings["readers"]) for part in parts)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_number_of_threads_changes_no_byte(tiny_checkpoint, monkeypatch, workers):
+    monkeypatch.setattr(Plan, "workers", property(lambda plan: workers))
+    monkeypatch.setattr(Plan, "readers", property(lambda plan: workers))
+    path = tiny_checkpoint("qwen3_moe", shards=3)
+    loaded = moeplug.load(path, "int8-g32", device="cpu", runtime="transformers")
+    alone = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8-g32", device="cpu", runtime="transformers")
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+    assert loaded.report.layers[0].errors == alone.report.layers[0].errors
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_error_in_any_thread_ends_the_load_and_every_thread(tiny_checkpoint, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(Plan, "workers", property(lambda plan: workers))
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+
+    def spoil(tensors):
+        for tensor in tensors.values():
+            tensor.view(-1)[0] = math.nan
+
+    helpers.edit_tensors(folder / "model.safetensors", spoil)
+    threads = threading.active_count()
+    with pytest.raises(CheckpointError, match="nan at row 0, column 0"):
+        moeplug.load(folder, "int8", device="cpu")
+    assert threading.active_count() == threads
+
+
+def write_one_layer(folder, hidden, intermediate, experts):
+    config = helpers.TINY_CONFIGS["qwen3_moe"] | {
+        "model_type": "qwen3_moe",
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+    }
+    config |= {"hidden_size": hidden, "moe_intermediate_size": intermediate, "num_experts": experts}
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-g32"])
+def test_a_sampled_error_is_within_5_percent_of_the_exact_one(tmp_path, scheme):
+    write_one_layer(tmp_path, 768, 1536, 4)
+    sampled = moeplug.load(tmp_path, scheme, device="cpu", dummy=True).report.layers[0].errors
+    exact = moeplug.load(tmp_path, scheme, device="cpu", dummy=True, exact_error=True).report.layers[0].errors
+    assert exact.exact
+    assert not sampled.exact
+    assert sampled.mean == pytest.approx(exact.mean, rel=0.05)  # 48 rows of 768: 1 % apart as a rule
+
+
+def test_a_scheme_that_says_accept_is_held_to_the_exact_error(tmp_path):
+    write_one_layer(tmp_path, 768, 1536, 2)
+    text = "api: 1\nname: t\nplugin: int8\nweights: {format: int8}\naccept: {relative_rms: 0.5}\n"
+    loaded = moeplug.load(tmp_path, Scheme.from_text(text), device="cpu", dummy=True)
+    assert loaded.report.layers[0].errors.exact
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 32), (2048, 768), (4096, 14336)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("cores", [1, 2, 16, 128])
+def test_the_memory_of_a_load_is_within_the_allowance(tmp_path, monkeypatch, hidden, intermediate, device, cores):
+    write_one_layer(tmp_path, hidden, intermediate, 2)
+    monkeypatch.setattr("moeplug.pipeline.plan.usable_cores", lambda: cores)
+    planned = moeplug.plan(tmp_path, "int8", device="cpu", dummy=True)
+    planned = dataclasses.replace(planned, device=torch.device(device))
+    allowance = max(64 << 20, 4 * 2 * hidden * intermediate)
+    assert planned.transient_bytes <= allowance
+    assert planned.read_buffers >= 2
+    assert planned.read_buffers * planned.read_buffer_bytes <= allowance

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, Piece, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
 from moeplug.moe.experts import QuantizedExperts
+from moeplug.moe.layout import Projection
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
-from moeplug.pipeline.flow import Advance, Timings, Use, from_memory, through_gpu, through_threads
+from moeplug.pipeline.flow import Advance, Timings, from_memory, through_gpu, through_threads
 from moeplug.pipeline.plan import LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
 from moeplug.quantization import peak_of
@@ -28,6 +30,7 @@ __all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "Targets", "
 
 STAGES = ("allocate", "load", "quantize", "create_scales", "setup_kernel")
 Progress = Callable[[int, int], None]
+LARGEST_BATCHED = 1 << 20  # bytes of a weight: a larger one keeps a device busy for longer than Python takes
 
 
 @dataclass(frozen=True)
@@ -106,43 +109,60 @@ class _Job:
         started = time.perf_counter()
         plan = self._plan
 
-        def use(piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
-            self._feed(piece, raw, seconds) if piece in self._experts else self._keep(piece, raw)
-
         def advance(nbytes: int) -> None:
             with self._lock:
                 self._done += nbytes
                 progress(self._done, self.total_bytes)
 
         if isinstance(plan.checkpoint, MemoryCheckpoint):
-            timings = from_memory(self._pieces, plan.checkpoint, use, advance, plan.device)
+            timings = from_memory(self._pieces, plan.checkpoint, self._use, advance, plan.device)
         else:
-            timings = self._through_a_ring(plan.checkpoint, use, advance)
+            timings = self._through_a_ring(plan.checkpoint, advance)
         self._refuse_dense_not_finite()
         assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
         return replace(timings, seconds=time.perf_counter() - started)
 
-    def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, use: Use, advance: Advance) -> Timings:
+    def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, advance: Advance) -> Timings:
         plan, buffers = self._plan, self._read_buffers()
         views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
         with closing(checkpoint.ring(self._pieces, views, plan.readers)) as ring:
             if plan.device.type == "cuda":
-                timings = through_gpu(ring, use, advance, plan.device, plan.read_buffer_bytes, len(views))
+                timings = through_gpu(ring, self._use, advance, plan.device, plan.read_buffer_bytes, len(views))
             else:
-                timings = through_threads(ring, use, advance, plan.workers)
+                timings = through_threads(ring, self._use, advance, plan.workers)
         return replace(timings, read=ring.read_seconds, readers=plan.readers)
 
-    def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
-        """Give the expert weights in one piece to their layers, and finish those that are complete."""
-        flat = raw.view(_torch_dtype(piece.tensor))
-        origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
-        for source in self._experts[piece]:
-            builder = self._builder(source.layer)
-            builder.feed(source.projection, (source.expert,), source.weight_of(flat).unsqueeze(0), origin, seconds)
-            with self._lock:  # of two threads that bring the last weights one finishes the layer
-                last = builder.complete and self._open.pop(source.layer, None) is not None
-            if last:
-                self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
+    def _use(self, pieces: Sequence[tuple[Piece, Tensor]], seconds: StageSeconds) -> None:
+        """Give the expert weights in pieces to their layers, several small ones of a projection at a time."""
+        batches: dict[tuple[int, Projection, int], list[tuple[int, Tensor, str]]] = {}
+        for piece, raw in pieces:
+            sources = self._experts.get(piece)
+            if sources is None:
+                self._keep(piece, raw)
+                continue
+            flat = raw.view(_torch_dtype(piece.tensor))
+            origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
+            for source in sources:
+                alone = source.expert if source.nbytes > LARGEST_BATCHED else -1
+                batch = batches.setdefault((source.layer, source.projection, alone), [])
+                batch.append((source.expert, source.weight_of(flat), origin))
+        for (layer, projection, _), batch in batches.items():
+            batch.sort(key=itemgetter(0))  # neighbours then lie side by side in the buffers
+            experts, weights, origins = zip(*batch, strict=True)
+            together = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+            self._feed(layer, projection, experts, together, origins, seconds)
+
+    def _feed(
+        self, layer: int, projection: Projection, experts: Sequence[int], weights: Tensor, origins: Sequence[str],
+        seconds: StageSeconds,
+    ) -> None:  # fmt: skip
+        """Give weights to their layer, and finish it if they are its last."""
+        builder = self._builder(layer)
+        builder.feed(projection, experts, weights, origins, seconds)
+        with self._lock:  # of two threads that bring the last weights one finishes the layer
+            last = builder.complete and self._open.pop(layer, None) is not None
+        if last:
+            self.finished[layer], self.errors[layer] = builder.finish(self._module_class)
 
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""

@@ -100,31 +100,35 @@ class LayerBuilder:
         projection: Projection,
         experts: Sequence[int],
         tensor: Tensor,
-        origin: str = "memory",
+        origin: str | Sequence[str] = "memory",
         seconds: StageSeconds | None = None,
     ) -> None:
         """Quantize B expert weights of one projection.
 
         experts: B layer-wide ids, each once over the layer's life. tensor: (B, N, K) float on the layer's device; it
-        is not kept. origin: how errors name its source. seconds: where to add the time it took.
+        is not kept. origin: how errors name its source, or each weight's. seconds: where to add the time it took.
         """
         started = time.perf_counter()
         seconds = StageSeconds() if seconds is None else seconds
-        for expert in experts:
+        origins = [origin] * len(experts) if isinstance(origin, str) else origin
+        for expert, where in zip(experts, origins, strict=True):
             if expert not in self._place:
-                raise CheckpointError(f"{origin}: layer {self._layer.index} has no expert {expert}")
+                raise CheckpointError(f"{where}: layer {self._layer.index} has no expert {expert}")
             if (expert, projection) in self._came:
-                raise CheckpointError(f"{origin}: layer {self._layer.index}, expert {expert}: {projection} came twice")
+                raise CheckpointError(f"{where}: layer {self._layer.index}, expert {expert}: {projection} came twice")
         which = PROJECTIONS.index(projection)
         step = 1 if self._exact else sampled_step(self._layer.weight_shape(projection)[0])
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
-            run = experts[start:stop]
-            squares, peaks = self._groups[group].feed(projection, slot, run, tensor[start:stop], origin, step, seconds)
-            for b, expert in enumerate(run):
-                self._squares[expert, which] = squares[b]
-                self._peaks[expert, which] = peaks[b]
-                self._came[expert, projection] = origin
+            run, of_run = experts[start:stop], origins[start:stop]
+            squares, peaks = self._groups[group].feed(projection, slot, run, tensor[start:stop], of_run, step, seconds)
+            if run[-1] - run[0] == stop - start - 1:  # slots are in the order of ids
+                self._squares[run[0] : run[-1] + 1, which] = squares
+                self._peaks[run[0] : run[-1] + 1, which] = peaks
+            else:
+                for b, expert in enumerate(run):
+                    self._squares[expert, which], self._peaks[expert, which] = squares[b], peaks[b]
+            self._came.update(((expert, projection), where) for expert, where in zip(run, of_run, strict=True))
         seconds.weights += len(experts)
         seconds.total += time.perf_counter() - started
 
@@ -205,14 +209,14 @@ class _GroupBuilder:
         self._store: ScaleStore | None = None
 
     def feed(
-        self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origin: str, step: int,
-        seconds: StageSeconds,
+        self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origins: Sequence[str],
+        step: int, seconds: StageSeconds,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run stages 2 and 3 for slots slot, slot + 1, …; return (B, 2) float64 sums of squares, (B, 2) peaks."""
         ctx, registry = self.ctx, self._registry
         store = self._prepared()
         begin = time.perf_counter()
-        ready, peaks = load(registry, ctx, projection, experts, tensor, origin)
+        ready, peaks = load(registry, ctx, projection, experts, tensor, origins)
         checked = time.perf_counter()
         out = self._views[projection][slot : slot + len(experts)]
         scales = quantize(registry, ctx, projection, experts, ready, out)

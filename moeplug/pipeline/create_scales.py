@@ -43,7 +43,7 @@ class ScaleStore:
         for name, tensor in self.tensors.items():
             spec = self._ctx.spec("down" if name.startswith("w2") else "gate")
             # Few experts at a time: a layer's scales in groups of 32 are 1/16 of its weights.
-            parts = tensor.split(8) if name.endswith("_scale") else ()
+            parts = torch.split(tensor, 8) if name.endswith("_scale") else ()
             if spec is not None and not all(bool(torch.isfinite(scale_values(part)).all()) for part in parts):
                 raise SchemeError(
                     f"layer {self._ctx.layer.index}: a scale of {name} is NaN or does not fit scale_dtype: "

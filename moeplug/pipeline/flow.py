@@ -21,7 +21,7 @@ from moeplug.checkpoint.reader import Piece, Ring
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED_SPANS
 
-Use = Callable[[Piece, Tensor, StageSeconds], None]
+Use = Callable[[Sequence[tuple[Piece, Tensor]], StageSeconds], None]
 Advance = Callable[[int], None]
 
 
@@ -79,7 +79,7 @@ def from_memory(
     """Use every piece of tensors that are in memory, one at a time on the device."""
     seconds, began = StageSeconds(), time.perf_counter()
     for piece in pieces:
-        use(piece, checkpoint.content(piece).to(device), seconds)
+        use([(piece, checkpoint.content(piece).to(device))], seconds)
         advance(piece.nbytes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -101,8 +101,7 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
                 break
             span, buffer = taken
             content = torch.frombuffer(buffer, dtype=torch.uint8)
-            for piece in span.pieces:
-                use(piece, span.bytes_of(piece, content), seconds)
+            use([(piece, span.bytes_of(piece, content)) for piece in span.pieces], seconds)
             ring.release(buffer)
             advance(span.nbytes)
         results.append((seconds, waited, time.perf_counter() - began - waited))
@@ -155,8 +154,7 @@ def through_gpu(ring: Ring, use: Use, advance: Advance, device: torch.device, sp
                 copy_end.record()
             main.wait_event(copy_end)
             work_begin.record()
-            for piece in span.pieces:
-                use(piece, span.bytes_of(piece, into), seconds)
+            use([(piece, span.bytes_of(piece, into)) for piece in span.pieces], seconds)
             work_end.record()
             events.append((copy_begin, copy_end, work_begin, work_end))
             copied.append((copy_end, buffer))

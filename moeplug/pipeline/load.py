@@ -17,19 +17,24 @@ from moeplug.registry import Registry
 
 
 def load(
-    registry: Registry, ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str
+    registry: Registry,
+    ctx: StageContext,
+    projection: Projection,
+    experts: Sequence[int],
+    tensor: Tensor,
+    origins: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Return (B, N, K) ready to encode, and (B, 2) float32: the largest magnitudes as read, and as returned.
 
     On a CPU both are finite. On a GPU the host would have to wait for each weight: the caller asks later, with
-    `refuse_not_finite`. origin: how errors name where the tensor came from.
+    `refuse_not_finite`. origins: how errors name where each weight came from.
     """
-    _check_weights(ctx, projection, experts, tensor, origin)
+    _check_weights(ctx, projection, experts, tensor, origins[0])
     peaks = largest_magnitude(tensor)
     if tensor.device.type == "cpu" and not all(map(math.isfinite, peaks.tolist())):
         b, n, k = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         found = f"{tensor[b, n, k].item()} at row {n}, column {k}"
-        refuse_not_finite(ctx, projection, experts[b], found, origin)
+        refuse_not_finite(ctx, projection, experts[b], found, origins[b])
     given = tensor.shape
     ready = registry.call("load", ctx, lambda: tensor, projection=projection, experts=tuple(experts), tensor=tensor)
     if ready is tensor:

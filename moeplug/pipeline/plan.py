@@ -153,7 +153,7 @@ class Plan:
     def _scratch_bytes(self) -> int:
         """Return what one thread needs for arithmetic: three copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes)
+        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes) + SPAN_BYTES  # small weights are put side by side
 
     @property
     def peak_bytes(self) -> int:
