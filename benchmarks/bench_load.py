@@ -5,10 +5,10 @@
     python benchmarks/bench_load.py --cpu-smoke
 
 Makes a Qwen3-MoE (128 experts a layer, projections of 3 MiB in bf16; H=2048, I=768) unless --checkpoint names one.
-Each job runs in a process of its own, jobs in turn, --repeat times, page cache warm; with --cold also with the files
-thrown out of the page cache before each job. --minutes ends the measuring; what was measured until then is reported.
+Each job runs in a process of its own, --repeat times, page cache warm; with --cold all of it again, with the files
+thrown out of the page cache before each load. --minutes ends the measuring; what was measured until then is reported.
 
-Extra memory = peak - before - what stays: of the host (VmHWM, reset before the job) and of the GPU
+Extra memory = peak - before - what stays, of the first load: of the host (VmHWM, reset before) and of the GPU
 (max_memory_allocated). The bound is max(64 MiB, 4 x the largest expert weight in bf16).
 """
 
@@ -210,6 +210,8 @@ def warm_up(device: str) -> None:
 
     x = torch.randn(512, 512, device=device)
     (x @ x).sum().item()
+    if device.startswith("cuda"):
+        torch.empty(1 << 20, pin_memory=True).to(device, non_blocking=True).sum().item()
 
 
 def tensors_of(kept: Any) -> Any:
@@ -225,13 +227,20 @@ def tensors_of(kept: Any) -> Any:
             yield from thing.values() if isinstance(thing, dict) else [thing]
 
 
-def run_job(job: str, checkpoint: Path, device: str, cold: bool) -> dict[str, Any]:
-    """Run one job in this process and return seconds and memory."""
+def run_job(job: str, checkpoint: Path, device: str, cold: bool, repeat: int) -> list[dict[str, Any]]:
+    """Run one job in this process and return seconds and, of the first time, memory."""
     files = sorted(checkpoint.glob("*.safetensors"))
     load = prepare(job, checkpoint, files, device)
     cuda = device.startswith("cuda") and not job.startswith(("plain-read", "memcpy"))
     if not job.startswith("plain-read"):
         warm_up(device if cuda else "cpu")
+    first, *others = [run_once(load, files, cuda, cold) for _ in range(repeat)]
+    memory = ("stays", "host_extra", "gpu_extra")
+    return [first, *({key: run[key] for key in run if key not in memory} for run in others)]
+
+
+def run_once(load: Callable[[], Any], files: list[Path], cuda: bool, cold: bool) -> dict[str, Any]:
+    """Load, and let go of what was loaded."""
     if cold:
         throw_out(files)
     reset_peak()
@@ -239,6 +248,7 @@ def run_job(job: str, checkpoint: Path, device: str, cold: bool) -> dict[str, An
     if cuda:
         import torch
 
+        torch.cuda.synchronize()
         gpu_before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -260,11 +270,11 @@ def run_job(job: str, checkpoint: Path, device: str, cold: bool) -> dict[str, An
 
 
 def jobs_of(device: str) -> list[str]:
-    """Return what to measure, the plain reads first."""
+    """Return what to measure, what matters most first."""
     cores = len(os.sched_getaffinity(0))
-    jobs = ["plain-read 1", "plain-read 8", "memcpy", "safetensors load_file", "bare-loop to_device"]
-    jobs += [f"plain-read {cores}"] * (cores not in (1, 8))
-    jobs += ["transformers bf16", *(f"moeplug {scheme}" for scheme in SCHEMES)]
+    jobs = ["plain-read 8", "bare-loop to_device", *(f"moeplug {scheme}" for scheme in SCHEMES), "memcpy"]
+    jobs += [f"plain-read {count}" for count in sorted({1, cores} - {8})]
+    jobs += ["safetensors load_file", "transformers bf16"]
     try:
         import accelerate  # noqa: F401  # transformers needs it to load to a device
         import transformers  # noqa: F401
@@ -275,39 +285,40 @@ def jobs_of(device: str) -> list[str]:
 
 
 def measure(args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
-    """Run every job in turn, each in a process of its own, until all repeats are done or the time is up."""
-    results = []
-    for repeat in range(args.repeat):
-        for state in ["warm", "cold"] if args.cold else ["warm"]:
-            if state == "warm":
-                plain_read(sorted(args.checkpoint.glob("*.safetensors")), 8)
-            for job in jobs_of(args.device):
-                if (state == "cold" and job == "memcpy") or time.monotonic() > deadline:
-                    continue
-                result = run_apart(args, job, state)
-                results.append({"job": job, "cache": state, "repeat": repeat, **result})
-    if time.monotonic() > deadline:
-        print(f"stopped after {args.minutes} minutes: some repeats are missing", file=sys.stderr)
+    """Run every job, each in a process of its own, until all are done or the time is up."""
+    results: list[dict[str, Any]] = []
+    skipped = []
+    for state in ["warm", "cold"] if args.cold else ["warm"]:
+        if state == "warm":
+            plain_read(sorted(args.checkpoint.glob("*.safetensors")), 8)
+        for job in jobs_of(args.device):
+            if state == "cold" and job == "memcpy":
+                continue
+            if time.monotonic() > deadline:
+                skipped.append(f"{job} ({state})")
+                continue
+            results += [{"job": job, "cache": state, **run} for run in run_apart(args, job, state)]
+    if skipped:
+        print(f"not measured within {args.minutes} minutes: {', '.join(skipped)}", file=sys.stderr)
     return results
 
 
-def run_apart(args: argparse.Namespace, job: str, state: str) -> dict[str, Any]:
-    """Return one job's result, or what went wrong."""
+def run_apart(args: argparse.Namespace, job: str, state: str) -> list[dict[str, Any]]:
+    """Return one job's results, or what went wrong."""
     command = [sys.executable, __file__, "--job", job, "--checkpoint", str(args.checkpoint), "--device", args.device]
-    command += ["--cold"] * (state == "cold")
+    command += ["--repeat", str(args.repeat), *(["--cold"] if state == "cold" else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
-        return {"failed": "took more than 300 s"}
+        print(f"{job}, {state}: failed: took more than 180 s", file=sys.stderr)
+        return [{"failed": "took more than 180 s"}]
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"{job}, {state}: failed: {reason}", file=sys.stderr)
-        return {"failed": reason}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    rate = result["bytes"] / 1e9 / result["seconds"]
-    bound = result.get("timings", {}).get("bounded_by", "")
-    print(f"{job:24} {state}  {rate:6.2f} GB/s  {bound}", file=sys.stderr, flush=True)
-    return result
+        print(f"{job}, {state}: failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return [{"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}]
+    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    rates = " ".join(f"{r['bytes'] / 1e9 / r['seconds']:.2f}" for r in results)
+    print(f"{job:24} {state}  {rates} GB/s", file=sys.stderr, flush=True)
+    return results
 
 
 def python_per_weight(device: str) -> dict[str, Any]:
@@ -344,7 +355,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rates = sorted(r["bytes"] / 1e9 / r["seconds"] for r in of_job)
         row = {"job": job, "cache": cache, "runs": len(of_job), "gb_per_s": statistics.median(rates)}
         row |= {"lowest": rates[0], "highest": rates[-1]}
-        row |= {k: statistics.median(r[k] for r in of_job) for k in of_job[0] if isinstance(of_job[0][k], int)}
+        row |= {key: of_job[0][key] for key in ("stays", "host_extra", "gpu_extra") if key in of_job[0]}
         if "timings" in of_job[0]:
             row["bounded_by"] = statistics.mode(r["timings"]["bounded_by"] for r in of_job)
         rows.append(row)
@@ -417,7 +428,7 @@ def main() -> None:
     """Make the checkpoint, run every job in turn, and print and write the medians."""
     args = parse()
     if args.job:
-        print(json.dumps(run_job(args.job, args.checkpoint, args.device, args.cold)))
+        print(json.dumps(run_job(args.job, args.checkpoint, args.device, args.cold, args.repeat)))
         return
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:

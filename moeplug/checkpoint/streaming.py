@@ -22,9 +22,10 @@ from moeplug.checkpoint.files import SourceFile, Stamp, read_into
 from moeplug.checkpoint.safetensors_header import TensorInfo
 from moeplug.errors import CheckpointError
 
-# One thread's share of a span. A stop is noticed between two reads, so that Ctrl-C takes a fraction of a second on a
-# slow disk, too.
-READ_BYTES = 8 * 2**20
+# One thread's share of a span: small enough that all threads have one where the ring has few spans. A stop is noticed
+# between two reads, so that Ctrl-C takes a fraction of a second on a slow disk, too.
+READ_BYTES = 2 * 2**20
+ALIGNMENT = 16  # of pieces in a span, so that their bytes can be viewed as numbers of any dtype
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Span:
 def spans_of(pieces: Iterable[Piece], limit: int) -> list[Span]:
     """Return the spans of pieces, in the pieces' order: as many as lie side by side in at most `limit` bytes.
 
-    A piece that is larger is a span of its own.
+    A piece that is larger is a span of its own. One that would lie unaligned begins another.
     """
     spans: list[Span] = []
     run: list[Piece] = []
@@ -74,7 +75,8 @@ def spans_of(pieces: Iterable[Piece], limit: int) -> list[Span]:
 
     for piece in pieces:
         offset = piece.tensor.offset + piece.start
-        if not run or piece.tensor.file != run[0].tensor.file or offset != end or offset + piece.nbytes - begin > limit:
+        fits = offset + piece.nbytes - begin <= limit and (offset - begin) % ALIGNMENT == 0
+        if not run or piece.tensor.file != run[0].tensor.file or offset != end or not fits:
             finish()
             run, begin = [], offset
         run.append(piece)

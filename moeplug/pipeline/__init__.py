@@ -212,7 +212,7 @@ class _Job:
     def _read_buffers(self) -> list[Tensor]:
         """Return the ring's buffers: parts of one block, because each pinned block is rounded up to a power of two."""
         pinned = self._plan.device.type == "cuda"
-        nbytes = min(self._plan.read_buffer_bytes, max(self.total_bytes, 1))
+        nbytes = -(-min(self._plan.read_buffer_bytes, self.total_bytes + 1) // 64) * 64  # aligned for any dtype
         count = self._plan.read_buffers
         return list(torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=pinned).chunk(count))
 

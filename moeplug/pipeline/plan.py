@@ -28,7 +28,8 @@ from moeplug.scheme import Scheme
 from moeplug.spec import WeightSpec
 
 ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless 4 expert weights are more
-SPAN_BYTES = 4 << 20  # smaller weights are read together: a read of less does not reach a disk's speed
+# Smaller weights are read together: a read of less does not reach a disk's speed, and a GPU's copies cost launches.
+SPAN_BYTES = {"cpu": 4 << 20, "cuda": 8 << 20}
 MOST_READERS, MOST_WORKERS = 8, 4
 STAGED_SPANS = 2  # on a GPU: one is copied while the other is quantized
 
@@ -118,7 +119,7 @@ class Plan:
     @property
     def read_buffer_bytes(self) -> int:
         """Return the size of one read buffer: the largest piece of an expert tensor, or several small ones."""
-        return max(SPAN_BYTES, *(source.nbytes for source in self.sources))
+        return max(self._span_bytes, *(source.nbytes for source in self.sources))
 
     @property
     def readers(self) -> int:
@@ -150,10 +151,14 @@ class Plan:
         return staged * self.read_buffer_bytes + self.workers * self._scratch_bytes + (1 << 20)
 
     @property
+    def _span_bytes(self) -> int:
+        return SPAN_BYTES.get(self.device.type, 4 << 20)
+
+    @property
     def _scratch_bytes(self) -> int:
         """Return what one thread needs for arithmetic: three copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes) + SPAN_BYTES  # small weights are put side by side
+        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes) + self._span_bytes  # small weights are put side by side
 
     @property
     def peak_bytes(self) -> int:
