@@ -13,6 +13,9 @@ means "use the core's default". Every stage has a default, so a plugin implement
     def moeplug_register(registry):
         registry.add_format(MyFormat())
 
+Where weights are quantized on a CPU, stages load and quantize of different weights are called from several threads at
+once, also of one layer; the other stages are called once a group. That holds for observers too.
+
 Axis letters, and the shapes of w13 (E, 2I, H) and w2 (E, H, I), are those of `moeplug.moe.layout`; E counts the
 group's experts here, in slot order.
 """
@@ -115,7 +118,7 @@ def moeplug_allocate(ctx: StageContext) -> Mapping[str, Tensor] | None:
 def moeplug_load(ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor) -> Tensor | None:
     """Stage 2: turn weights as read into weights ready to encode.
 
-    When: for each expert weight (or a batch of B of one projection), in file order. Layers interleave.
+    When: for each expert weight (or a batch of B of one projection), in file order, from any thread. Layers interleave.
     Given: projection; experts, the B layer-wide expert ids; tensor (B, N, K) in the checkpoint's dtype on ctx.device,
     finite (already checked), valid only until the next call.
     Return: (B, N, K) of 16- or 32-bit floats, finite. It may be `tensor` itself, which must not be changed in place:
