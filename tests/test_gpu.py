@@ -8,9 +8,11 @@ import helpers
 import pytest
 import torch
 from formats import FORMATS
+from safetensors.torch import load_file
 
 import moeplug
 from moeplug import Scheme
+from moeplug.moe.layout import PROJECTIONS
 from moeplug.moe.reference import experts_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -162,3 +164,30 @@ def test_loading_needs_no_more_memory_than_it_says(tmp_path, scheme):
     peak = torch.cuda.max_memory_allocated() - before
     assert peak - stays <= 64 * 2**20
     assert peak <= planned.peak_bytes
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_when_its_layer_is_finished(bad):
+    w13, w2 = on_gpu(weights())
+    w2[3, 5, 7] = bad
+    with pytest.raises(moeplug.CheckpointError, match="expert 3, down: holds NaN or an infinity"):
+        moeplug.quantize_experts(w13, w2, "int8")
+
+
+def test_many_threads_and_streams_give_the_bytes_of_the_cpu(tiny_checkpoint):
+    path = tiny_checkpoint("qwen3_moe", shards=3)
+    loaded, plain = (moeplug.load(path, "int8-g32", device=device) for device in ("cuda", "cpu"))
+    for index, layer in plain.layers.items():
+        for expert in range(layer.layer.num_experts):
+            for projection in PROJECTIONS:
+                stored = loaded.layers[index].stored(projection, expert).cpu()
+                assert torch.equal(stored, layer.stored(projection, expert)), (index, expert, projection)
+    assert loaded.report.timings.gpu_copy > 0
+
+
+def test_a_reload_from_tensors_on_the_gpu_keeps_every_address(tiny_checkpoint):
+    loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cuda")
+    before = {n: (t.data_ptr(), t.clone()) for layer in loaded.layers.values() for n, t in layer.named_buffers()}
+    moeplug.reload(loaded, {k: t.cuda() for k, t in load_file(loaded.report.plan.checkpoint.files[0]).items()})
+    after = {n: (t.data_ptr(), t) for layer in loaded.layers.values() for n, t in layer.named_buffers()}
+    assert all(before[n][0] == after[n][0] and torch.equal(before[n][1], after[n][1]) for n in before)
