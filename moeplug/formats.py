@@ -106,8 +106,9 @@ class Nibbles(NumberFormat):
         """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
         # As int8, then pairs as 16-bit words: CPUs have vector instructions for neither float → uint8 nor every second
         # byte, and it took 1.1 ns a weight instead of 0.2 (one core with AVX-512).
-        pairs = codes.to(torch.int8).contiguous().view(torch.int16)
-        out.copy_((pairs >> 4).bitwise_or_(pairs))
+        pairs = scratch("codes", codes.shape, codes.device, torch.int8).copy_(codes).view(torch.int16)
+        joined = scratch("pairs", pairs.shape, codes.device, torch.int16)
+        out.copy_(torch.bitwise_right_shift(pairs, 4, out=joined).bitwise_or_(pairs))
 
     def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
         """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
@@ -127,7 +128,7 @@ class E4m3(NumberFormat):
     compressed_tensors = {"num_bits": 8, "type": "float"}  # noqa: RUF012
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
-        out.copy_(scaled.to(torch.float8_e4m3fn).view(torch.uint8))
+        out.view(torch.float8_e4m3fn).copy_(scaled)
 
     def decode(self, stored: Tensor, out: Tensor) -> None:
         out.copy_(stored.view(torch.float8_e4m3fn))
@@ -152,8 +153,11 @@ class E2m1(Nibbles):
     compressed_tensors = {"num_bits": 4, "type": "float"}  # noqa: RUF012
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
-        signs = (scaled.view(torch.int32) >> 28).bitwise_and_(8).to(torch.int8)
-        self.pack(count_below(scaled.abs(), _E2M1_LIMITS).to(torch.int8).bitwise_or_(signs), out)
+        bits = scratch("bits", scaled.shape, scaled.device, torch.int32)
+        torch.bitwise_right_shift(scaled.view(torch.int32), 28, out=bits).bitwise_and_(8)
+        signs = scratch("signs", scaled.shape, scaled.device, torch.int8).copy_(bits)
+        codes = scratch("magnitudes", scaled.shape, scaled.device, torch.int8)
+        self.pack(codes.copy_(count_below(scaled.abs_(), _E2M1_LIMITS)).bitwise_or_(signs), out)
 
     def decode(self, stored: Tensor, out: Tensor) -> None:
         self.unpack(stored, E2M1_VALUES, out)

@@ -156,9 +156,9 @@ class Plan:
 
     @property
     def _scratch_bytes(self) -> int:
-        """Return what one thread needs for arithmetic: three copies of a chunk in float32, or of a smaller weight."""
+        """Return what one thread needs for arithmetic: four copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        return min(3 * 4 * chunk, 12 * self.read_buffer_bytes) + self._span_bytes  # small weights are put side by side
+        return min(4 * 4 * chunk, 16 * self.read_buffer_bytes) + self._span_bytes  # small weights are put side by side
 
     @property
     def peak_bytes(self) -> int:
