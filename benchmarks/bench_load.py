@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -241,6 +242,7 @@ def run_job(job: str, checkpoint: Path, device: str, cold: bool, repeat: int) ->
 
 def run_once(load: Callable[[], Any], files: list[Path], cuda: bool, cold: bool) -> dict[str, Any]:
     """Load, and let go of what was loaded."""
+    gc.collect()  # what the load before left in cycles
     if cold:
         throw_out(files)
     reset_peak()

@@ -128,7 +128,7 @@ def model_options(command: Command) -> Command:
 )
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
 @click.option("--timings", is_flag=True, help="Show where the time went, and what bounded it.")
-@click.option("--exact-error", is_flag=True, help="Measure errors over all rows; else over one in 16 of large weights.")
+@click.option("--exact-error", is_flag=True, help="Measure errors over all rows; else a sample of large weights.")
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,

@@ -117,7 +117,7 @@ def print_report(report: Report, prompt: str | None, generated: str | None, timi
             table.add_row(*shown, *texts)
             shown = [""] * len(shown)
     _print_table(console, plan, table)
-    rows = "" if all(layer.errors.exact for layer in report.layers) else ", over one row in 16 (all: --exact-error)"
+    rows = "" if all(layer.errors.exact for layer in report.layers) else ", over a sample of rows (all: --exact-error)"
     console.print(f"errors: relative RMS of an expert weight, ||weight - decoded|| / ||weight||{rows}", style="dim")
     worst = max(report.layers, key=lambda layer: layer.errors.worst)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
@@ -278,7 +278,7 @@ def _timings(timings: Timings) -> Iterator[tuple[str, str]]:
     """Yield lines that say where the time went."""
     t, on_gpu = timings, timings.gpu_copy is not None
     yield "bounded by", t.bounded_by
-    yield "reading", f"{t.read:.2f} s in {t.readers} threads; waited for it {t.waited_for_reads:.2f} s"
+    yield "reading", f"{t.read:.2f} s, threads: {t.readers}; waited for it {t.waited_for_reads:.2f} s"
     if on_gpu:
         busy = f"copied {t.gpu_copy:.2f} s, quantized {t.gpu_quantize:.2f} s"
         yield "GPU", f"{busy}; waited for it {t.waited_for_gpu:.2f} s"
@@ -286,7 +286,8 @@ def _timings(timings: Timings) -> Iterator[tuple[str, str]]:
         f"NaN check {t.check:.2f} s, quantize {t.quantize:.2f} s, error {t.error:.2f} s, beside these {t.other:.2f} s"
     )
     each = 1e6 * t.other / max(t.weights, 1)
-    where = "queueing" if on_gpu else f"{t.workers} threads"
+    where = "queueing" if on_gpu else "quantizing"
+    parts = parts if on_gpu else f"threads: {t.workers}; {parts}"
     yield where, f"{parts} ({each:.0f} µs for each of {t.weights:,} weights)"
 
 

@@ -172,3 +172,14 @@ def test_ascii_output_escapes_what_it_cannot_show(tiny_checkpoint, tmp_path):
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"caf\\xe9 under int8" in done.stdout
+
+
+def test_timings_are_shown_when_they_are_asked_for(loaded, capsys):
+    terminal.print_report(loaded.report, None, None)
+    assert "bounded by" not in capsys.readouterr().out
+    terminal.print_report(loaded.report, None, None, timings=True)
+    shown = capsys.readouterr().out
+    assert re.search(r"bounded by  (disk|quantize|Python)\n +reading  \d+\.\d\d s, threads: \d+; waited", shown)
+    on_gpu = replace(loaded.report.timings, gpu_copy=1.0, gpu_quantize=2.0, waited_for_gpu=9.0)
+    terminal.print_report(replace(loaded.report, timings=on_gpu), None, None, timings=True)
+    assert "GPU  copied 1.00 s, quantized 2.00 s; waited for it 9.00 s" in capsys.readouterr().out
