@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Fp8(NumberFormat):
     max_value = 448.0
     native = torch.float8_e4m3fn
     exact_in = (*FLOATS, torch.float8_e4m3fn)
+    compressed_tensors: ClassVar = {"num_bits": 8, "type": "float"}
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         out.copy_(scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
@@ -76,6 +77,7 @@ class Int4(Packed):
     max_value = 7.0
     asymmetric_range = (-8.0, 7.0)
     exact_in = (*FLOATS, torch.float8_e4m3fn, torch.int8)
+    compressed_tensors: ClassVar = {"num_bits": 4, "type": "int"}
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         self.pack(scaled.round() + 8, out)
@@ -101,6 +103,7 @@ class Fp4(Packed):
     name = "fp4"
     max_value = 6.0
     exact_in = (*FLOATS, torch.float8_e4m3fn)
+    compressed_tensors: ClassVar = {"num_bits": 4, "type": "float"}
 
     def encode(self, scaled: Tensor, out: Tensor) -> None:
         magnitude = torch.bucketize(scaled.abs(), E2M1_LIMITS.to(scaled.device))
