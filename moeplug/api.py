@@ -1,4 +1,4 @@
-"""The three calls of the Python API: plan a load, do it, or quantize weights that are in memory already.
+"""The calls of the Python API: plan a load, do it, export it, or quantize weights that are in memory already.
 
 loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
 loaded.model.generate(...)              # a transformers model
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, p
 from moeplug.pipeline.plan import activate_plugins
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
+
+if TYPE_CHECKING:
+    from moeplug.exporting import Exported
 
 Runtime = Literal["transformers"]
 
@@ -116,6 +119,33 @@ def execute(
     empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
     result = run(planned, registry, progress, TransformersExperts)
     return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
+
+
+def export(
+    model: str | Path | None,
+    scheme: str | Path | Scheme | None,
+    target: str | Path,
+    form: str = "compressed-tensors",
+    *,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Exported:
+    """Quantize a checkpoint into a new folder, `target`, in one pass; nothing is ever overwritten.
+
+    form: "compressed-tensors", "fp8" (128 x 128 blocks, as DeepSeek's) or "moeplug". resume: continue an interrupted
+    export of the same. Other arguments and errors as in `load`; the result says who reads it.
+    """
+    from moeplug.exporting import export as write
+
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, found)
+    source, family = open_source(model)
+    planned = plan_model(source, family, resolved, registry, found, with_dense=True)
+    return write(planned, registry, target, form, resume=resume, progress=progress)
 
 
 def quantize_experts(

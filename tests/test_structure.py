@@ -40,6 +40,7 @@ FLOORS = [
     ("moeplug.pipeline", 5),
     ("moeplug.integrations", 6),
     ("moeplug.evaluation", 6),
+    ("moeplug.exporting", 7),
     ("moeplug.api", 7),
     ("moeplug.terminal", 7),
     ("moeplug.cli", 8),

@@ -9,7 +9,8 @@ This module needs torch alone: the library compressed-tensors only checks it, in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from moeplug.errors import SchemeError
 from moeplug.formats import NumberFormat
+from moeplug.hookspecs import StageContext
+from moeplug.moe.layout import PROJECTIONS, Projection
 from moeplug.quantization import E4M3, E8M0, Scales, decode, groups, row_chunks, scale_values
 from moeplug.scratch import scratch
 from moeplug.spec import ActivationSpec, WeightSpec
@@ -43,7 +46,8 @@ def compression(spec: WeightSpec, fmt: NumberFormat, activations: ActivationSpec
         return "nvfp4-pack-quantized"
     with_activations = "" if activations is None else f" with {activations.describe()} activations"
     raise SchemeError(
-        f"compressed-tensors has no words for {spec.describe()}, scale_dtype: {spec.scale_dtype}{with_activations}"
+        f"compressed-tensors has no words for {spec.describe()}, scale_dtype: {spec.scale_dtype}{with_activations}; "
+        "use --format moeplug"
     )
 
 
@@ -67,9 +71,100 @@ def weight_arguments(spec: WeightSpec, fmt: NumberFormat, form: str) -> dict[str
 def activation_arguments(spec: ActivationSpec, fmt: NumberFormat) -> dict[str, Any]:
     """Return the `input_activations` of a config group; SchemeError where compressed-tensors has no words for it."""
     if fmt.compressed_tensors is None:
-        raise SchemeError(f"compressed-tensors has no words for {spec.describe()} activations")
+        raise SchemeError(f"compressed-tensors has no words for {spec.describe()} activations; use --format moeplug")
     size = {} if spec.group_size is None else {"group_size": spec.group_size}
     return {**fmt.compressed_tensors, "strategy": spec.strategy, "symmetric": True, "dynamic": True, **size}
+
+
+class CompressedTensors:
+    """See `moeplug.exporting.PerExpertForm`."""
+
+    def __init__(self, contexts: Iterable[StageContext]) -> None:
+        self._groups: dict[str, dict[str, Any]] = {}
+        self._members: dict[str, dict[Projection, list[int]]] = {}
+        self._forms: dict[tuple[WeightSpec, ActivationSpec | None], str] = {}
+        for ctx in contexts:
+            for projection in PROJECTIONS:
+                self._add(ctx, projection)
+        if not self._groups:
+            raise SchemeError("the scheme quantizes nothing; there is nothing to export")
+
+    def _add(self, ctx: StageContext, projection: Projection) -> None:
+        spec, fmt, activations = ctx.spec(projection), ctx.format(projection), _activations(ctx, projection)
+        if spec is None:
+            return
+        form = compression(spec, fmt, activations)
+        self._forms[spec, activations] = form
+        group: dict[str, Any] = {"weights": weight_arguments(spec, fmt, form), "input_activations": None}
+        if activations is not None:
+            request = ctx.request
+            activation_format = request.intermediate_format if projection == "down" else request.activation_format
+            assert activation_format is not None
+            group["input_activations"] = activation_arguments(activations, activation_format)
+        group |= {"output_activations": None, "format": form}
+        key = json.dumps(group, sort_keys=True)
+        self._groups[key] = group
+        self._members.setdefault(key, {}).setdefault(projection, []).append(ctx.layer.index)
+
+    def pack(self, ctx: StageContext, projection: Projection, stored: Tensor, scales: Scales) -> dict[str, Tensor]:
+        """Return the tensors of one expert weight."""
+        spec = ctx.spec(projection)
+        assert spec is not None
+        return pack(stored, scales, ctx.format(projection), self._forms[spec, _activations(ctx, projection)])
+
+    def quantization_config(
+        self, module: Callable[[Projection, Sequence[int]], str], ignore: list[str]
+    ) -> dict[str, Any]:
+        """Return `quantization_config`. One group takes every Linear that is not ignored; several name theirs."""
+        groups = {}
+        for number, (key, group) in enumerate(self._groups.items()):
+            named = [module(projection, layers) for projection, layers in self._members[key].items()]
+            groups[f"group_{number}"] = {"targets": ["Linear"] if len(self._groups) == 1 else named, **group}
+        forms = sorted({group["format"] for group in self._groups.values()})
+        return {
+            "quant_method": "compressed-tensors",
+            "format": forms[0] if len(forms) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ignore,
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def readers(self) -> tuple[str, ...]:
+        """Return who reads it: transformers as tried, the others by their source."""
+        kinds = {_kind(spec, activations, form) for (spec, activations), form in self._forms.items()}
+        if len(kinds) > 1 or len(self._groups) > 1:
+            return ("compressed-tensors: yes", "vLLM, SGLang, transformers: weights of several kinds were not tried")
+        return ("compressed-tensors: yes", *READERS.get(kinds.pop(), ("vLLM, SGLang, transformers: not tried",)))
+
+
+def _activations(ctx: StageContext, projection: Projection) -> ActivationSpec | None:
+    return ctx.request.intermediate if projection == "down" else ctx.request.input_activations
+
+
+def _kind(spec: WeightSpec, activations: ActivationSpec | None, form: str) -> tuple[str, str, bool, str]:
+    return form, spec.strategy, spec.symmetric, "" if activations is None else activations.strategy
+
+
+SERVERS: Final = "vLLM 0.33, SGLang 0.5.23: yes, by their source"
+FAILS: Final = "transformers 5.17: no, a RuntimeError"
+READERS: Final[dict[tuple[str, str, bool, str], tuple[str, ...]]] = {
+    ("float-quantized", "channel", True, "token"): (SERVERS, "transformers 5.17: yes, as bfloat16"),
+    ("float-quantized", "block", True, "group"): (SERVERS, FAILS),
+    ("int-quantized", "channel", True, "token"): (
+        "vLLM 0.33: yes, by its source",
+        "SGLang 0.5.23: only with --quantization w8a8_int8, by its source",
+        FAILS,
+    ),
+    ("pack-quantized", "group", True, ""): (SERVERS, "transformers 5.17: yes, as bfloat16"),
+    ("pack-quantized", "group", False, ""): (FAILS, "vLLM, SGLang: not tried"),
+    ("mxfp8-quantized", "group", True, ""): (FAILS, "vLLM, SGLang: not tried"),
+    ("nvfp4-pack-quantized", "group", True, ""): (
+        SERVERS,
+        "transformers 5.17: LOADS IT SILENTLY WRONG: it drops weight_global_scale",
+    ),
+}
 
 
 def pack(stored: Tensor, scales: Scales, fmt: NumberFormat, form: str) -> dict[str, Tensor]:
