@@ -23,8 +23,9 @@ from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import UsageError
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
-from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
-from moeplug.pipeline.plan import activate_plugins
+from moeplug.pipeline import Job, LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
+from moeplug.pipeline.plan import activate_plugins, require_budget
+from moeplug.pipeline.stored import StoredJob, is_stored, plan_stored
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
 
@@ -64,14 +65,17 @@ def plan(
 ) -> Plan:
     """Return everything that `load` with the same arguments would do, without reading a weight.
 
-    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name.
-    device: None takes the first GPU, or the CPU where there is none. runtime "transformers": the dense tensors count
-    too. budget: bytes; RefusedError if the load would need more at its peak. dummy: config.json is enough.
+    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name; None
+    for an export in moeplug's own form, which brings its own. device: None takes the first GPU, or the CPU where there
+    is none. runtime "transformers": the dense tensors count too. budget: bytes; RefusedError if the load would need
+    more at its peak. dummy: config.json is enough.
     Raises SchemeError, CheckpointError, PluginError, InputOutputError, RefusedError, UsageError.
     """
     registry = registry or Registry.discover()
-    resolved = resolve_scheme(scheme, registry)
     found = find_device(device)
+    if model is not None and scheme is None and not dummy and is_stored(read_config(model)):
+        return _plan_export(Checkpoint.open(model), registry, found, runtime, budget)
+    resolved = resolve_scheme(scheme, registry)
     activate_plugins(resolved, registry, found)
     source, family = open_source(model, dummy)
     if dummy and runtime is not None:
@@ -80,6 +84,17 @@ def plan(
     planned = plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
     if runtime is not None:
         _empty_model(planned)  # what a load would refuse is refused here
+    return planned
+
+
+def _plan_export(
+    source: Checkpoint, registry: Registry, device: torch.device, runtime: Runtime | None, budget: int | None
+) -> Plan:
+    """Return the plan of an export in our own form: it brings its scheme."""
+    planned = plan_stored(source, registry, device, with_dense=runtime is not None)
+    require_budget(planned, budget)
+    if runtime is not None:
+        _empty_model(planned)
     return planned
 
 
@@ -111,13 +126,14 @@ def execute(
     planned: Plan, registry: Registry, *, runtime: Runtime | None = None, progress: Progress | None = None
 ) -> Loaded:
     """Run a plan and build the runtime's model around its layers."""
+    job = Job if planned.stored is None else StoredJob
     if runtime is None:
-        result = run(planned, registry, progress)
+        result = run(planned, registry, progress, job_class=job)
         return Loaded(result.layers, None, result.report)
     from moeplug.integrations.transformers import TransformersExperts, finish_model
 
     empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
-    result = run(planned, registry, progress, TransformersExperts)
+    result = run(planned, registry, progress, TransformersExperts, job)
     return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
 
 

@@ -32,13 +32,13 @@ from moeplug.hookspecs import StageContext
 from moeplug.integrations.compressed_tensors import CompressedTensors
 from moeplug.integrations.fp8_checkpoints import Fp8Checkpoints
 from moeplug.moe.experts import QuantizedExperts
-from moeplug.moe.layout import Projection
+from moeplug.moe.layout import PROJECTIONS, Projection
 from moeplug.pipeline import Job, Plan, Progress, dense_pieces, one_torch_thread, require_finite, torch_dtype
 from moeplug.pipeline.builder import LayerErrors
 from moeplug.pipeline.load import load
 from moeplug.pipeline.plan import TORCH_DTYPES, LayerPlan
 from moeplug.pipeline.quantize import quantize
-from moeplug.pipeline.stored import QUANT_METHOD, empty_layer
+from moeplug.pipeline.stored import QUANT_METHOD, StoredGroup, recorded_errors
 from moeplug.quantization import Scales, reordered, squared_error
 from moeplug.quantization import quantize as quantize_weight
 from moeplug.registry import Registry
@@ -70,23 +70,21 @@ class PerExpertForm(Protocol):
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left: its folder, sizes, the worst error of each layer, and who reads it."""
+    """What an export left: its folder, sizes, the errors of each layer, and who reads it."""
 
     folder: Path
     form: str
     bytes_before: int
     bytes_after: int
     files: int
-    worst: Mapping[int, tuple[float, str]]
+    errors: Mapping[int, LayerErrors]
     readers: tuple[str, ...]
     continued: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        layers = [
-            {"layer": i, "worst_relative_rms": rms, "worst_where": where} for i, (rms, where) in self.worst.items()
-        ]
-        facts = {name: value for name, value in vars(self).items() if name not in ("folder", "worst", "readers")}
+        layers = [{"layer": index, **vars(errors)} for index, errors in self.errors.items()]
+        facts = {name: value for name, value in vars(self).items() if name not in ("folder", "errors", "readers")}
         return {"folder": str(self.folder), **facts, "layers": layers, "readers": list(self.readers)}
 
 
@@ -110,7 +108,9 @@ def export(
     if not isinstance(plan.checkpoint, Checkpoint):
         raise UsageError("generated weights are not exported; give a checkpoint's folder")
     writing = (
-        _Layers(plan, registry) if form == "moeplug" else _Experts(plan, registry, _per_expert(form, plan, registry))
+        LayerWriting(plan, registry)
+        if form == "moeplug"
+        else ExpertWriting(plan, registry, _per_expert(form, plan, registry))
     )
     shards = in_shards([item.tensors for item in writing.items], shard_bytes)
     copies = _copies(plan.checkpoint.path)
@@ -128,14 +128,14 @@ def export(
             staging.add(name, _parts_of(plan.checkpoint.path, name))
         staging.add(CONFIG, [config])
         staging.publish()
-        worst = _worst(staging.finished)
+        errors = recorded_errors({"files": staging.finished})
     return Exported(
         folder=Path(target),
         form=form,
         bytes_before=plan.checkpoint.total_bytes,
         bytes_after=sum(tensor.nbytes for shard in shards for tensor in shard.tensors),
         files=len(shards),
-        worst=worst,
+        errors=errors,
         readers=writing.readers(),
         continued=continued,
     )
@@ -149,7 +149,7 @@ class Item:
     tensors: tuple[OutputTensor, ...]
 
 
-class _Writing(Job):
+class Writing(Job):
     """One pass over the source that writes what it makes, shard after shard. `items` come in the order of writing."""
 
     def __init__(self, plan: Plan, registry: Registry) -> None:
@@ -157,7 +157,7 @@ class _Writing(Job):
         self.items: list[Item] = []
         self._shard_of: dict[str, str] = {}
         self._digests: dict[str, Any] = {}
-        self._worst: dict[str, dict[str, list[Any]]] = {}
+        self._errors_of: dict[str, dict[str, dict[str, Any]]] = {}
         self._open_shard = contextlib.ExitStack()
         self._file: OutputFile | None = None
         self._file_name = ""
@@ -167,7 +167,7 @@ class _Writing(Job):
         self._staging, self._shards = staging, {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
         self._digests = {name: hashlib.sha256() for name in self._shards}
-        self._worst = {name: {} for name in self._shards}
+        self._errors_of = {name: {} for name in self._shards}
         self._shard_of_piece = {
             piece: self._shard_of[item.tensors[0].name] for item in self.items for piece in item.pieces
         }
@@ -189,8 +189,8 @@ class _Writing(Job):
         shard = self._shard_of[name]
         if shard != self._file_name:
             self._open_shard.close()
-            digest, worst = self._digests[shard], self._worst[shard]
-            facts = lambda: {"source_sha256": digest.hexdigest(), "worst_relative_rms": worst}  # noqa: E731
+            digest, errors = self._digests[shard], self._errors_of[shard]
+            facts = lambda: {"source_sha256": digest.hexdigest(), "errors": errors}  # noqa: E731
             self._file = self._open_shard.enter_context(self._staging.shard(self._shards[shard], facts))
             self._file_name = shard
         assert self._file is not None
@@ -209,11 +209,16 @@ class _Writing(Job):
     def _hash(self, piece: Piece, raw: Tensor) -> None:
         self._digests[self._shard_of_piece[piece]].update(memoryview(raw.cpu().numpy()))  # type: ignore[arg-type]
 
-    def _note_worst(self, name: str, layer: int, worst: float, where: str) -> None:
-        """Remember the worst error of a layer, by the shard that holds the tensor of this name."""
-        noted = self._worst[self._shard_of[name]].setdefault(str(layer), [-1.0, ""])
-        if worst > noted[0]:
-            noted[:] = [worst, where]
+    def _note_errors(self, name: str, layer: int, errors: LayerErrors, weights: int = 1) -> None:
+        """Add errors of a layer to what is said of the shard that holds the tensor of this name."""
+        noted = self._errors_of[self._shard_of[name]].setdefault(
+            str(layer), {"worst": -1.0, "where": "", "mean": 0.0, "weights": 0}
+        )
+        if errors.worst > noted["worst"]:
+            noted |= {"worst": errors.worst, "where": errors.worst_where}
+        total = noted["mean"] * noted["weights"] + errors.mean * weights
+        noted["weights"] += weights
+        noted["mean"] = total / noted["weights"]
 
     def _kept_items(self) -> list[Item]:
         pieces: dict[str, list[Piece]] = {tensor.name: [] for tensor in self._plan.kept}
@@ -230,7 +235,7 @@ class _Writing(Job):
         return sorted(items, key=lambda item: max((places[piece] for piece in item.pieces), default=-1))
 
 
-class _Experts(_Writing):
+class ExpertWriting(Writing):
     """Writes each expert weight as soon as it is read, in someone else's form and under the family's own names."""
 
     def __init__(self, plan: Plan, registry: Registry, form: PerExpertForm) -> None:
@@ -273,7 +278,8 @@ class _Experts(_Writing):
         if ctx.spec(projection) is None:
             return {f"{module}.weight": stored[0]}
         tensors = {f"{module}.{part}": t for part, t in self._form.pack(ctx, projection, stored[0], scales).items()}
-        self._note_worst(next(iter(tensors)), source.layer, relative, f"expert {source.expert}, {projection}")
+        errors = LayerErrors(relative, relative, f"expert {source.expert}, {projection}")
+        self._note_errors(next(iter(tensors)), source.layer, errors)
         return tensors
 
     def _require_accepted(self, source: WeightSource, relative: float) -> None:
@@ -341,7 +347,7 @@ class _Experts(_Writing):
         return self._form.readers()
 
 
-class _Layers(_Writing):
+class LayerWriting(Writing):
     """Writes each layer as the planned kernel reads it, once its last weight has come."""
 
     def __init__(self, plan: Plan, registry: Registry) -> None:
@@ -354,10 +360,10 @@ class _Layers(_Writing):
         self.items = self._in_order([*self._kept_items(), *layers])
 
     def _tensors(self, layer: LayerPlan) -> tuple[OutputTensor, ...]:
-        state = empty_layer(layer, self._registry).state_dict()
         return tuple(
-            OutputTensor(f"{layer.layer.name}.{name}", _dtype_name(tensor.dtype), tuple(tensor.shape))
-            for name, tensor in state.items()
+            OutputTensor(f"{layer.layer.name}.groups.{number}.{name}", _dtype_name(tensor.dtype), tuple(tensor.shape))
+            for number, group in enumerate(layer.groups)
+            for name, tensor in StoredGroup(group.ctx, self._registry).module.state_dict().items()
         )
 
     def _feed(self, piece: Piece, raw: Tensor) -> None:
@@ -367,7 +373,7 @@ class _Layers(_Writing):
     def _finish(self, layer: int, experts: QuantizedExperts, errors: LayerErrors) -> None:
         for name, tensor in experts.state_dict().items():
             self._write(f"{experts.layer.name}.{name}", 0, tensor)
-        self._note_worst(f"{experts.layer.name}.{name}", layer, errors.worst, errors.worst_where)
+        self._note_errors(f"{experts.layer.name}.{name}", layer, errors, len(PROJECTIONS) * experts.layer.num_experts)
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says of the weights."""
@@ -430,6 +436,7 @@ def _made(plan: Plan, registry: Registry, form: str, shard_bytes: int) -> dict[s
         "scheme": {"name": plan.scheme.name, "sha256": plan.scheme.sha256, "yaml": plan.scheme.to_yaml()},
         "source": {"name": plan.checkpoint.path.resolve().name, "sha256_of_headers": plan.checkpoint.fingerprint()},
         "family": plan.family.name,
+        "dtypes": {str(layer.layer.index): layer.layer.dtype for layer in plan.layers},
         "layouts": sorted({group.ctx.layout.name for layer in plan.layers for group in layer.groups}),
         "shard_bytes": shard_bytes,
     }
@@ -458,14 +465,6 @@ def _index(shards: Sequence[OutputShard]) -> bytes:
 
 def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _worst(finished: Mapping[str, Mapping[str, Any]]) -> dict[int, tuple[float, str]]:
-    worst: dict[int, tuple[float, str]] = {}
-    for facts in finished.values():
-        for layer, (relative, where) in facts.get("worst_relative_rms", {}).items():
-            worst[int(layer)] = max(worst.get(int(layer), (-1.0, "")), (relative, where))
-    return dict(sorted(worst.items()))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -41,15 +41,16 @@ def run(
     registry: Registry,
     progress: Progress | None = None,
     module_class: ModuleClass = QuantizedExperts,
+    job_class: type[Job] | None = None,
 ) -> Result:
     """Do what the plan says and return the result; on any error nothing is kept.
 
-    progress: called with (bytes read, bytes to read) after each piece.
+    progress: called with (bytes read, bytes to read) after each piece. job_class: what feeds the layers.
     """
     started = time.perf_counter()
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
-    job = Job(plan, registry, module_class)
+    job = (job_class or Job)(plan, registry, module_class)
     with one_torch_thread(plan.device):
         job.read_everything(progress or (lambda done, total: None))
     if plan.device.type == "cuda":
