@@ -9,6 +9,7 @@ as the planned kernel reads them. The others write one expert weight at a time, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -55,6 +56,9 @@ class PerExpertForm(Protocol):
 
     def pack(self, ctx: StageContext, projection: Projection, stored: Tensor, scales: Scales) -> dict[str, Tensor]:
         """Return tensors by the last part of their names. stored: (N, K'), layout undone; scales: (1, R, C)."""
+
+    def unpack(self, ctx: StageContext, projection: Projection, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight (N, K) float32 that such tensors stand for."""
 
     def quantization_config(
         self, module: Callable[[Projection, Sequence[int]], str], ignore: list[str]
@@ -107,11 +111,13 @@ def export(
     """
     if not isinstance(plan.checkpoint, Checkpoint):
         raise UsageError("generated weights are not exported; give a checkpoint's folder")
-    writing = (
-        LayerWriting(plan, registry)
-        if form == "moeplug"
-        else ExpertWriting(plan, registry, _per_expert(form, plan, registry))
-    )
+    if form not in FORMS:
+        raise UsageError(f"format {form!r} is not one of {', '.join(FORMS)}")
+    writing: Writing
+    if form == "moeplug":
+        writing = LayerWriting(plan, registry)
+    else:
+        writing = ExpertWriting(plan, registry, form_of(form, plan, registry))
     shards = in_shards([item.tensors for item in writing.items], shard_bytes)
     copies = _copies(plan.checkpoint.path)
     config = _json({**plan.checkpoint.config, "quantization_config": writing.quantization_config()})
@@ -155,25 +161,29 @@ class Writing(Job):
     def __init__(self, plan: Plan, registry: Registry) -> None:
         super().__init__(plan, registry, QuantizedExperts)
         self.items: list[Item] = []
-        self._shard_of: dict[str, str] = {}
-        self._digests: dict[str, Any] = {}
-        self._errors_of: dict[str, dict[str, dict[str, Any]]] = {}
         self._open_shard = contextlib.ExitStack()
         self._file: OutputFile | None = None
         self._file_name = ""
 
     def begin(self, staging: Staging, shards: Sequence[OutputShard]) -> None:
         """Take the shards to write, and leave out the pieces of those that are finished."""
-        self._staging, self._shards = staging, {shard.name: shard for shard in shards}
-        self._shard_of = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-        self._digests = {name: hashlib.sha256() for name in self._shards}
-        self._errors_of = {name: {} for name in self._shards}
-        self._shard_of_piece = {
-            piece: self._shard_of[item.tensors[0].name] for item in self.items for piece in item.pieces
-        }
+        self._staging = staging
+        self.assign(shards)
         left = {piece for piece, name in self._shard_of_piece.items() if not staging.has(name)}
         self._pieces = [piece for piece in self._pieces if piece in left]
         self.total_bytes = sum(piece.nbytes for piece in self._pieces)
+
+    def assign(self, shards: Sequence[OutputShard]) -> None:
+        """Learn which shard each tensor, and each piece of the source, belongs to."""
+        self._shards = {shard.name: shard for shard in shards}
+        self._shard_of = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        self._shard_of_piece = {p: self._shard_of[item.tensors[0].name] for item in self.items for p in item.pieces}
+        self._digests = {name: hashlib.sha256() for name in self._shards}
+        self._errors_of: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in self._shards}
+
+    def facts(self, shard: str) -> dict[str, Any]:
+        """Return what moeplug.json says of a shard: the source's bytes, and errors by layer."""
+        return {"source_sha256": self._digests[shard].hexdigest(), "errors": self._errors_of[shard]}
 
     def __enter__(self) -> None:
         self._open_shard.__enter__()
@@ -189,8 +199,7 @@ class Writing(Job):
         shard = self._shard_of[name]
         if shard != self._file_name:
             self._open_shard.close()
-            digest, errors = self._digests[shard], self._errors_of[shard]
-            facts = lambda: {"source_sha256": digest.hexdigest(), "errors": errors}  # noqa: E731
+            facts = functools.partial(self.facts, shard)
             self._file = self._open_shard.enter_context(self._staging.shard(self._shards[shard], facts))
             self._file_name = shard
         assert self._file is not None
@@ -258,12 +267,12 @@ class ExpertWriting(Writing):
         for source in self._experts[piece]:
             weight = source.weight_of(raw.view(torch_dtype(piece.tensor))).unsqueeze(0)
             origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
-            for name, tensor in self._quantized(source, weight, origin).items():
+            for name, tensor in self._quantized(source, weight, origin)[0].items():
                 self._write(name, 0, tensor)
 
     @torch.no_grad()
-    def _quantized(self, source: WeightSource, weight: Tensor, origin: str) -> dict[str, Tensor]:
-        """Run stages 2 and 3 on one expert weight (1, N, K) and return its tensors by their full names."""
+    def _quantized(self, source: WeightSource, weight: Tensor, origin: str) -> tuple[dict[str, Tensor], float]:
+        """Run stages 2 and 3 on one expert weight (1, N, K); return its tensors by full name, and its error."""
         ctx = self._contexts[source.layer, source.expert]
         fmt, experts, projection = ctx.format(source.projection), (source.expert,), source.projection
         ready = load(self._registry, ctx, projection, experts, weight, origin)
@@ -276,11 +285,11 @@ class ExpertWriting(Writing):
         self._require_accepted(source, relative)
         module = self._module(source)
         if ctx.spec(projection) is None:
-            return {f"{module}.weight": stored[0]}
+            return {f"{module}.weight": stored[0]}, relative
         tensors = {f"{module}.{part}": t for part, t in self._form.pack(ctx, projection, stored[0], scales).items()}
         errors = LayerErrors(relative, relative, f"expert {source.expert}, {projection}")
         self._note_errors(next(iter(tensors)), source.layer, errors)
-        return tensors
+        return tensors, relative
 
     def _require_accepted(self, source: WeightSource, relative: float) -> None:
         accept = self._plan.scheme.accept
@@ -388,7 +397,7 @@ class LayerWriting(Writing):
         )
 
 
-def _per_expert(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
+def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
     """Return the form of this name; SchemeError where it cannot say what the plan does."""
     contexts = [group.ctx for layer in plan.layers for group in layer.groups]
     for layer in plan.layers:
@@ -437,9 +446,14 @@ def _made(plan: Plan, registry: Registry, form: str, shard_bytes: int) -> dict[s
         "source": {"name": plan.checkpoint.path.resolve().name, "sha256_of_headers": plan.checkpoint.fingerprint()},
         "family": plan.family.name,
         "dtypes": {str(layer.layer.index): layer.layer.dtype for layer in plan.layers},
-        "layouts": sorted({group.ctx.layout.name for layer in plan.layers for group in layer.groups}),
+        "layouts": layouts_of(plan) if form == "moeplug" else [],
         "shard_bytes": shard_bytes,
     }
+
+
+def layouts_of(plan: Plan) -> list[str]:
+    """Return the layouts that the planned kernels read."""
+    return sorted({group.ctx.layout.name for layer in plan.layers for group in layer.groups})
 
 
 def _copies(folder: Path) -> list[tuple[str, int]]:

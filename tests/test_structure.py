@@ -41,6 +41,7 @@ FLOORS = [
     ("moeplug.integrations", 6),
     ("moeplug.evaluation", 6),
     ("moeplug.exporting", 7),
+    ("moeplug.verifying", 7),
     ("moeplug.api", 7),
     ("moeplug.terminal", 7),
     ("moeplug.cli", 8),

@@ -274,7 +274,7 @@ class Staging:
         if found.get("files"):
             self._require_same(found["made"])
             for name, facts in found["files"].items():
-                if _is_as_recorded(self.folder / name, facts):
+                if is_as_recorded(self.folder / name, facts):
                     self._manifest["files"][name] = facts
         for path in self.folder.iterdir():
             if path.name not in self._manifest["files"] and (path.name != MANIFEST or not self._manifest["files"]):
@@ -319,13 +319,15 @@ def require_absent(target: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return what moeplug.json says; CheckpointError where it is not what an export writes."""
     path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no export of moeplug")
     manifest = strict_json(path.read_bytes(), path)
     if not isinstance(manifest, dict) or manifest.get("api") != 1 or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: is not the manifest of an export, api 1")
     return manifest
 
 
-def _is_as_recorded(path: Path, facts: Mapping[str, Any]) -> bool:
+def is_as_recorded(path: Path, facts: Mapping[str, Any]) -> bool:
     """Return whether a file has the size and the sha256 that were recorded."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

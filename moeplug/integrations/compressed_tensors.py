@@ -112,6 +112,13 @@ class CompressedTensors:
         assert spec is not None
         return pack(stored, scales, ctx.format(projection), self._forms[spec, _activations(ctx, projection)])
 
+    def unpack(self, ctx: StageContext, projection: Projection, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight (N, K) float32 that such tensors stand for."""
+        spec, (_, K) = ctx.spec(projection), ctx.layer.weight_shape(projection)
+        assert spec is not None
+        form = self._forms[spec, _activations(ctx, projection)]
+        return unpack(tensors, spec, ctx.format(projection), form, K)
+
     def quantization_config(
         self, module: Callable[[Projection, Sequence[int]], str], ignore: list[str]
     ) -> dict[str, Any]:

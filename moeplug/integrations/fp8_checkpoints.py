@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from torch import Tensor
 
 from moeplug.errors import SchemeError
 from moeplug.hookspecs import StageContext
-from moeplug.integrations.compressed_tensors import compression, pack
+from moeplug.integrations.compressed_tensors import compression, pack, unpack
 from moeplug.moe.layout import PROJECTIONS, Projection
 from moeplug.quantization import Scales
 
@@ -29,6 +29,13 @@ class Fp8Checkpoints:
         assert scales.scale is not None
         tensors = pack(stored, scales, ctx.format(projection), "float-quantized")
         return {"weight": tensors["weight"], "weight_scale_inv": scales.scale[0].contiguous()}
+
+    def unpack(self, ctx: StageContext, projection: Projection, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight (N, K) float32 that such tensors stand for."""
+        spec, (_, K) = ctx.spec(projection), ctx.layer.weight_shape(projection)
+        assert spec is not None
+        named = {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}
+        return unpack(named, spec, ctx.format(projection), "float-quantized", K)
 
     def quantization_config(self, module: Callable[..., str], ignore: list[str]) -> dict[str, Any]:
         """Return `quantization_config`."""
