@@ -157,15 +157,22 @@ def _kind(spec: WeightSpec, activations: ActivationSpec | None, form: str) -> tu
 SERVERS: Final = "vLLM 0.33, SGLang 0.5.23: yes, by their source"
 FAILS: Final = "transformers 5.17: no, a RuntimeError"
 READERS: Final[dict[tuple[str, str, bool, str], tuple[str, ...]]] = {
-    ("float-quantized", "channel", True, "token"): (SERVERS, "transformers 5.17: yes, as bfloat16"),
+    ("float-quantized", "channel", True, "token"): (SERVERS, "transformers 5.17: yes, decompressed to bfloat16"),
     ("float-quantized", "block", True, "group"): (SERVERS, FAILS),
     ("int-quantized", "channel", True, "token"): (
         "vLLM 0.33: yes, by its source",
         "SGLang 0.5.23: only with --quantization w8a8_int8, by its source",
         FAILS,
     ),
-    ("pack-quantized", "group", True, ""): (SERVERS, "transformers 5.17: yes, as bfloat16"),
+    ("pack-quantized", "group", True, ""): (
+        SERVERS,
+        "transformers 5.17: yes, decompressed to the scales' type",
+    ),
     ("pack-quantized", "group", False, ""): (FAILS, "vLLM, SGLang: not tried"),
+    ("mxfp4-pack-quantized", "group", True, ""): (
+        "transformers 5.17: yes, decompressed to bfloat16",
+        "vLLM, SGLang: not tried",
+    ),
     ("mxfp8-quantized", "group", True, ""): (FAILS, "vLLM, SGLang: not tried"),
     ("nvfp4-pack-quantized", "group", True, ""): (
         SERVERS,
