@@ -44,7 +44,6 @@ from moeplug.quantization import Scales, reordered, squared_error
 from moeplug.quantization import quantize as quantize_weight
 from moeplug.registry import Registry
 
-FORMS: Final = ("compressed-tensors", "fp8", "moeplug")
 SHARD_BYTES: Final = 5 * 10**9  # what other tools write, and what a crash costs at most
 NOT_COPIED: Final = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", *PICKLE_SUFFIXES)
 SAFETENSORS_DTYPES: Final = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
@@ -70,6 +69,13 @@ class PerExpertForm(Protocol):
 
     def readers(self) -> tuple[str, ...]:
         """Return, a line each, who reads this and who is known to fail."""
+
+
+PER_EXPERT: Final[dict[str, Callable[[Sequence[StageContext]], PerExpertForm]]] = {
+    "compressed-tensors": CompressedTensors,
+    "fp8": Fp8Checkpoints,
+}
+FORMS: Final = (*PER_EXPERT, "moeplug")
 
 
 @dataclass(frozen=True)
@@ -410,7 +416,7 @@ def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
                     f"plugin {plugin!r} answers stage {stage} itself, so what {form} would say of its weights is not "
                     "known; use --format moeplug"
                 )
-    return Fp8Checkpoints(contexts) if form == "fp8" else CompressedTensors(contexts)
+    return PER_EXPERT[form](contexts)
 
 
 def _per_expert_patterns(plan: Plan) -> dict[Projection, str]:

@@ -254,7 +254,8 @@ class Staging:
     def _record(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write moeplug.json anew with one file more. The file's own name is on disk before moeplug.json's is."""
         self._sync(self.folder)
-        manifest = self._manifest | {"files": {**self._manifest["files"], name: dict(facts)}}
+        finished = {**self._manifest["files"], name: dict(facts)}
+        manifest = self._manifest | {"files": dict(sorted(finished.items()))}  # resumed or not, the same bytes
         file = OutputFile(self.folder / MANIFEST, self._files)
         try:
             file.write_at(0, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -276,8 +277,12 @@ class Staging:
             for name, facts in found["files"].items():
                 if is_as_recorded(self.folder / name, facts):
                     self._manifest["files"][name] = facts
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        finished = self._manifest["files"]
         for path in self.folder.iterdir():
-            if path.name not in self._manifest["files"] and (path.name != MANIFEST or not self._manifest["files"]):
+            if path.name not in finished and (path.name != MANIFEST or not finished):
                 path.unlink()
 
     def _require_same(self, made: Mapping[str, Any]) -> None:
@@ -298,10 +303,8 @@ class Staging:
 
     def _sweep(self) -> None:
         """Remove what could not be continued: half-written files, and the folder where no file is finished."""
-        with suppress(OSError):
-            for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                if path.name.endswith(PARTIAL) or not self._manifest["files"]:
-                    path.unlink()
+        with suppress(OSError):  # what cannot be removed now is by the next export; published, it is gone
+            self._remove_unfinished()
             if not self._manifest["files"]:
                 self.folder.rmdir()
 
