@@ -18,6 +18,7 @@ from moeplug.errors import (
     UsageError,
     VerificationError,
 )
+from moeplug.when_imported import when_imported
 
 if TYPE_CHECKING:
     from moeplug.api import Loaded, load, plan, quantize_experts
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from moeplug.scheme import Scheme
 
 __version__ = "0.1.0"
+
+when_imported("transformers.quantizers.auto", "moeplug.integrations.transformers_quantizer")
 
 _LAZY = {
     "Loaded": "moeplug.api",

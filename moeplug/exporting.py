@@ -398,7 +398,7 @@ class LayerWriting(Writing):
         """Return who reads it."""
         return (
             "moeplug load, moeplug.load: a plain read, nothing is quantized again",
-            "transformers: from_pretrained, after `import moeplug.integrations.transformers`",
+            "transformers 5.17: yes, from_pretrained, once moeplug is imported",
             "vLLM, SGLang: no",
         )
 

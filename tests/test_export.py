@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import helpers
 import pytest
@@ -226,6 +228,35 @@ def test_our_own_form_loads_as_what_was_quantized(tiny_checkpoint, tmp_path, mod
         assert all(torch.equal(tensor, other[key]) for key, tensor in experts.state_dict().items())
     first, second = (result.report.as_dict()["layers"] for result in loaded)
     assert first == second
+
+
+FROM_PRETRAINED = """
+import sys
+if sys.argv[2] == "first":
+    import moeplug
+import torch, transformers
+import moeplug
+from moeplug.moe.experts import QuantizedExperts
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert sum(isinstance(module, QuantizedExperts) for module in model.modules()) == 2
+assert not any(parameter.is_meta for parameter in model.parameters())
+ids = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
+with torch.no_grad():
+    torch.save(model(ids, use_cache=False).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_from_pretrained_reads_our_own_form_once_moeplug_is_imported(tiny_checkpoint, tmp_path, model_type, order):
+    source, target = tiny_checkpoint(model_type, shards=3), tmp_path / "export"
+    api.export(source, "int8", target, "moeplug")
+    done = subprocess.run([sys.executable, "-c", FROM_PRETRAINED, str(target), order], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not initialized" not in done.stderr
+    assert "UNEXPECTED" not in done.stderr
+    loaded = moeplug.load(source, "int8", runtime="transformers", device="cpu")
+    assert torch.equal(torch.load(target / "logits.pt").double(), logits(loaded.model))
 
 
 def test_our_own_form_says_experts_that_differ(tiny_checkpoint, tmp_path):

@@ -22,6 +22,7 @@ FLOORS = [
     ("moeplug.errors", 0),
     ("moeplug.spec", 0),
     ("moeplug.problems", 0),
+    ("moeplug.when_imported", 0),
     ("moeplug.scratch", 0),
     ("moeplug.hookspecs", 0),
     ("moeplug.moe.experts", 2),
