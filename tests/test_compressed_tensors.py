@@ -21,6 +21,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from formats import FORMATS
 from interop_cases import case, edge_weights
 from torch import Tensor
 
@@ -240,8 +241,7 @@ def test_the_arguments_are_those_of_the_preset(preset):
     assert form == infer_module_format(torch.nn.Linear, scheme).value
     said = {"targets": ["Linear"], "weights": weight_arguments(spec, fmt, form)}
     if preset.activations is not None:
-        activation_format = case("int8" if preset.activations.format == "int8" else "fp8-channel")[1]
-        said["input_activations"] = activation_arguments(preset.activations, activation_format)
+        said["input_activations"] = activation_arguments(preset.activations, FORMATS[preset.activations.format])
     assert QuantizationScheme.model_validate(said).model_dump(exclude=DEFAULTS) == scheme.model_dump(exclude=DEFAULTS)
 
 

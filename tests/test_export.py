@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from formats import SPECS, registry, scheme_of
+from formats import FORMATS, SPECS, scheme_of
 from interop_cases import case
 from safetensors.torch import load_file
 
@@ -77,7 +77,7 @@ def moe_layers(model_type):
 
 def decoded(weight, spec):
     """Return what our own quantization makes of a weight (N, K)."""
-    fmt = case("int8")[1] if spec.format == "int8" else next(f for s, f in map(case, SPECS) if s.format == spec.format)
+    fmt = FORMATS[spec.format]
     stored = torch.empty(1, weight.shape[0], weight.shape[1] // fmt.values_per_element, dtype=fmt.storage_dtype)
     return dequantize(stored, quantize(weight[None], spec, fmt, stored), fmt)[0]
 
@@ -87,7 +87,7 @@ def decoded(weight, spec):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_compressed_tensors_reads_an_export_bit_for_bit(tiny_checkpoint, tmp_path, model_type, fused, name):
     source, target = tiny_checkpoint(model_type, fused, shards=2), tmp_path / "export"
-    api.export(source, scheme(name), target, registry=registry())
+    api.export(source, scheme(name), target)
     tensors, config = tensors_in(target), QuantizationConfig.model_validate(config_of(target)["quantization_config"])
     (group,) = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)
@@ -106,7 +106,7 @@ def test_compressed_tensors_reads_an_export_bit_for_bit(tiny_checkpoint, tmp_pat
 
 @pytest.mark.parametrize("model_type", helpers.MODEL_TYPES)
 def test_every_linear_that_stays_is_in_the_ignore_list(tiny_checkpoint, tmp_path, model_type):
-    api.export(tiny_checkpoint(model_type), scheme("int8"), tmp_path / "export", registry=registry())
+    api.export(tiny_checkpoint(model_type), scheme("int8"), tmp_path / "export")
     ignored = set(config_of(tmp_path / "export")["quantization_config"]["ignore"])
     model = helpers.tiny_model(model_type)
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -123,7 +123,7 @@ def test_every_linear_that_stays_is_in_the_ignore_list(tiny_checkpoint, tmp_path
 @pytest.mark.parametrize("model_type", helpers.MODEL_TYPES)
 def test_a_fused_and_a_per_expert_file_give_the_same_export(tiny_checkpoint, tmp_path, model_type, name):
     for fused in (False, True):
-        api.export(tiny_checkpoint(model_type, fused), scheme(name), tmp_path / str(fused), registry=registry())
+        api.export(tiny_checkpoint(model_type, fused), scheme(name), tmp_path / str(fused))
     one, other = tensors_in(tmp_path / "False"), tensors_in(tmp_path / "True")
     assert one.keys() == other.keys()
     for part, tensor in one.items():
@@ -187,11 +187,11 @@ def wide_checkpoint(tmp_path_factory):
 def test_transformers_reads_the_exports_that_we_say_it_reads(wide_checkpoint, tmp_path, name, form):
     import transformers
 
-    exported = api.export(wide_checkpoint, scheme(name), tmp_path / "export", form, registry=registry())
+    exported = api.export(wide_checkpoint, scheme(name), tmp_path / "export", form)
     assert any(reader.startswith("transformers 5.17: yes") for reader in exported.readers)
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.bfloat16))
     weights_only = scheme_of(SCHEMES[name][0])
-    loaded = moeplug.load(wide_checkpoint, weights_only, runtime="transformers", device="cpu", registry=registry())
+    loaded = moeplug.load(wide_checkpoint, weights_only, runtime="transformers", device="cpu")
     unquantized = moeplug.load(wide_checkpoint, "int8", runtime="transformers", device="cpu")
     # Activations and some products are in bfloat16 there; the scheme's own error is several times as large.
     assert relative(theirs, logits(loaded.model)) < 0.02
@@ -205,7 +205,7 @@ def test_transformers_refuses_the_exports_that_we_say_it_refuses(wide_checkpoint
     import transformers
 
     made = scheme_of(SCHEMES[name][0], activations, activations)
-    exported = api.export(wide_checkpoint, made, tmp_path / "export", registry=registry())
+    exported = api.export(wide_checkpoint, made, tmp_path / "export")
     assert "transformers 5.17: no, a RuntimeError" in exported.readers
     with pytest.raises(RuntimeError):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.bfloat16)
@@ -216,10 +216,9 @@ def test_transformers_refuses_the_exports_that_we_say_it_refuses(wide_checkpoint
 def test_our_own_form_loads_as_what_was_quantized(tiny_checkpoint, tmp_path, model_type, name):
     made = scheme_of(case("nf4", group_size=32)[0]) if name == "nf4" else scheme(name)
     source, target = tiny_checkpoint(model_type, shards=3), tmp_path / "export"
-    exported = api.export(source, made, target, "moeplug", registry=registry())
+    exported = api.export(source, made, target, "moeplug")
     loaded = [
-        moeplug.load(*arguments, runtime="transformers", device="cpu", registry=registry())
-        for arguments in ((source, made), (target,))
+        moeplug.load(*arguments, runtime="transformers", device="cpu") for arguments in ((source, made), (target,))
     ]
     assert torch.equal(logits(loaded[0].model), logits(loaded[1].model))
     assert loaded[0].layers.keys() == loaded[1].layers.keys() == exported.errors.keys()
@@ -284,10 +283,10 @@ def test_our_own_form_is_laid_out_anew_for_a_kernel_that_wants_another_layout(ti
     with monkeypatch.context() as patch:
         patch.setattr(CpuKernel, "layout_for", lambda self, request: interleaved(True, False))
         patch.setattr(CpuKernel, "bind", lambda self, request, weights, scales: print)
-        api.export(source, made, tmp_path / "export", "moeplug", registry=registry())
+        api.export(source, made, tmp_path / "export", "moeplug")
     assert read_manifest(tmp_path / "export")["made"]["layouts"] == [interleaved(True, False).name]
-    loaded = moeplug.load(tmp_path / "export", device="cpu", registry=registry())
-    direct = moeplug.load(source, made, device="cpu", registry=registry())
+    loaded = moeplug.load(tmp_path / "export", device="cpu")
+    direct = moeplug.load(source, made, device="cpu")
     for index, experts in direct.layers.items():
         other = loaded.layers[index].state_dict()
         assert all(torch.equal(tensor, other[key]) for key, tensor in experts.state_dict().items())
@@ -298,11 +297,11 @@ def test_what_a_form_cannot_say_is_refused_and_our_own_is_offered(tiny_checkpoin
     nf4 = scheme_of(case("nf4", group_size=32)[0])
     for form in ("compressed-tensors", "fp8"):
         with pytest.raises(SchemeError, match="use --format .*moeplug"):
-            api.export(source, nf4, tmp_path / "export", form, registry=registry())
+            api.export(source, nf4, tmp_path / "export", form)
     with pytest.raises(SchemeError, match="found int8 channel with int8 token activations; use --format compressed"):
-        api.export(source, scheme("int8"), tmp_path / "export", "fp8", registry=registry())
+        api.export(source, scheme("int8"), tmp_path / "export", "fp8")
     with pytest.raises(UsageError, match="format 'gguf' is not one of compressed-tensors, fp8, moeplug"):
-        api.export(source, scheme("int8"), tmp_path / "export", "gguf", registry=registry())
+        api.export(source, scheme("int8"), tmp_path / "export", "gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -359,7 +358,7 @@ def test_an_export_is_the_same_bytes_every_time_and_names_what_made_it(tiny_chec
 
 
 def test_every_tensor_of_an_export_is_aligned(tiny_checkpoint, tmp_path):
-    api.export(tiny_checkpoint("qwen3_moe"), scheme("nvfp4"), tmp_path / "export", registry=registry())
+    api.export(tiny_checkpoint("qwen3_moe"), scheme("nvfp4"), tmp_path / "export")
     for tensor in Checkpoint.open(tmp_path / "export").tensors.values():
         size = tensor.nbytes // max(1, torch.Size(tensor.shape).numel())
         assert tensor.offset % max(size, 1) == 0, tensor

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 from click.testing import CliRunner
-from formats import SPECS, registry, scheme_of
+from formats import SPECS, scheme_of
 from safetensors.torch import load_file, save_file
 
 from moeplug import CheckpointError, UsageError, VerificationError, api
@@ -66,16 +66,16 @@ def an_expert(tensors):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_equals_what_its_model_becomes(tiny_checkpoint, tmp_path, form, model_type, name):
     source = tiny_checkpoint(model_type, True)
-    exported = api.export(source, scheme_of(SPECS[name]), tmp_path / "export", form, registry=registry())
-    verified = verify(tmp_path / "export", source, registry=registry())
+    exported = api.export(source, scheme_of(SPECS[name]), tmp_path / "export", form)
+    verified = verify(tmp_path / "export", source)
     assert verified.errors == exported.errors
     assert verified.tensors == len(load_file(tmp_path / "export/model.safetensors"))
 
 
 def test_an_fp8_checkpoint_is_verified_too(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("olmoe")
-    api.export(source, scheme_of(SPECS["fp8-block"]), tmp_path / "export", "fp8", registry=registry())
-    verify(tmp_path / "export", source, registry=registry())
+    api.export(source, scheme_of(SPECS["fp8-block"]), tmp_path / "export", "fp8")
+    verify(tmp_path / "export", source)
 
 
 def test_without_a_model_the_files_are_compared(exported):

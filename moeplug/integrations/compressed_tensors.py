@@ -94,6 +94,12 @@ class CompressedTensors:
         if spec is None:
             return
         form = compression(spec, fmt, activations)
+        K = ctx.layer.weight_shape(projection)[1]
+        if spec.group_size and K % spec.group_size:
+            raise SchemeError(
+                f"layer {ctx.layer.index}, {projection}: K={K} is not a multiple of group_size={spec.group_size}, and "
+                "compressed-tensors has no shorter last group; use --format moeplug"
+            )
         self._forms[spec, activations] = form
         group: dict[str, Any] = {"weights": weight_arguments(spec, fmt, form), "input_activations": None}
         if activations is not None:
