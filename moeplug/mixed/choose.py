@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from moeplug import __version__
+from moeplug.errors import InputOutputError
 from moeplug.mixed.measure import Errors, ExpertErrors
 from moeplug.mixed.solve import Way, solve
 from moeplug.mixed.task import Option, Task
 from moeplug.mixed.write import scheme_text
 from moeplug.pipeline import Plan, plan_model
-from moeplug.pipeline.plan import gigabytes
+from moeplug.pipeline.plan import gigabytes, ranges
 from moeplug.scheme import Scheme
+from moeplug.validation import NAME_PATTERN
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,16 @@ class Uniform:
     option: Option
     expert_bytes: int
     peak_bytes: int
-    error: float
+    relative_rms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints of it."""
+        return {
+            "scheme": self.option.name,
+            "expert_bytes": self.expert_bytes,
+            "peak_bytes": self.peak_bytes,
+            "relative_rms": self.relative_rms,
+        }
 
 
 @dataclass(frozen=True)
@@ -53,23 +68,77 @@ class Choice:
 
     def uniforms(self) -> list[Uniform]:
         """Return what each option alone would cost, smallest first."""
-        experts = self.errors.experts
-        rows = [
-            Uniform(option, plan.expert_bytes_after, plan.peak_bytes, sum(of.errors[option] for of in experts))
-            for option, plan in self.task.uniform.items()
-        ]
+        rows = []
+        for option, plan in self.task.uniform.items():
+            error = sum(of.errors[option] for of in self.errors.experts)
+            rows.append(Uniform(option, plan.expert_bytes_after, plan.peak_bytes, self.errors.relative_rms(error)))
         return sorted(rows, key=lambda row: row.expert_bytes)
 
-    def yaml(self, name: str, how: str) -> str:
-        """Return the scheme as text. how: what its first comment says of the errors' origin."""
-        most = next(iter(self.counts)).name
-        comment = (
-            f"Made by `moeplug tune` {__version__} for a budget of {gigabytes(self.budget)}: experts take "
-            f"{gigabytes(self.expert_bytes)} of {gigabytes(self.task.any_plan.expert_bytes_before)} unquantized. {how}"
-        )
-        return scheme_text(name, f"mixed by moeplug tune, {most} most", self.picks, comment)
+    def fits(self, uniform: Uniform) -> bool:
+        """Return whether one option for the whole model is within the budget."""
+        return uniform.peak_bytes <= self.budget
 
-    def plan(self, scheme: Scheme) -> Plan:
+    def write(self, file: Path, text: Path | None) -> Plan:
+        """Write the scheme, whole or not at all, and return its plan. text: what the errors were measured on."""
+        name = file.stem if re.fullmatch(NAME_PATTERN, file.stem) else "tuned"
+        content = self.yaml(name, text)
+        plan = self._plan(Scheme.from_text(content, str(file)))
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise InputOutputError(f"{file}: cannot be written: {error.strerror}") from error
+        return plan
+
+    def yaml(self, name: str, text: Path | None) -> str:
+        """Return the scheme as text."""
+        most = next(iter(self.counts)).name
+        return scheme_text(name, f"made by moeplug tune; most experts: {most}", self.picks, self._comment(text))
+
+    def _comment(self, text: Path | None) -> str:
+        before = self.task.any_plan.expert_bytes_before
+        on = "the weights alone (--data-free)" if text is None else f"{self.errors.tokens:,} tokens of {text.name}"
+        made = (
+            f"Made by `moeplug tune` {__version__} for a budget of {gigabytes(self.budget)}: experts take "
+            f"{gigabytes(self.expert_bytes)}, unquantized {gigabytes(before)}. Of {self._names()} each "
+            f"{self.task.per} has the one with which the errors of all experts' outputs are least in sum, on {on}: "
+            f"{self.errors.relative_rms(self.error):.4f} of a layer's output (root mean square)"
+        )
+        if self.errors.unreached:
+            made += f"; {self.errors.unreached} experts got no token and were judged by their weights"
+        return made + "."
+
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(option.gate_up.name for option in self.task.options))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `moeplug tune --json` prints."""
+        return {
+            "budget": self.budget,
+            "smallest_budget": self.task.smallest_budget,
+            "expert_bytes": self.expert_bytes,
+            "expert_bytes_before": self.task.any_plan.expert_bytes_before,
+            "peak_bytes_at_most": self.task.fixed_bytes + self.expert_bytes,
+            "relative_rms": self.errors.relative_rms(self.error),
+            "gap": self.gap,
+            "per": self.task.per,
+            "tokens": self.errors.tokens,
+            "data_free": self.errors.data_free,
+            "experts": len(self.errors.experts),
+            "experts_without_tokens": self.errors.unreached,
+            "chosen": {option.name: count for option, count in self.counts.items()},
+            "uniform": [row.as_dict() | {"fits": self.fits(row)} for row in self.uniforms()],
+            "layers": {
+                layer: {
+                    option.name: ranges([e for e, o in enumerate(options) if o == option])
+                    for option in dict.fromkeys(options)
+                }
+                for layer, options in self.picks.items()
+            },
+        }
+
+    def _plan(self, scheme: Scheme) -> Plan:
         """Return the plan of the finished scheme, held to the budget."""
         any_plan, task = self.task.any_plan, self.task
         plan = plan_model(

@@ -57,10 +57,15 @@ class ExpertErrors:
 
 @dataclass(frozen=True)
 class Errors:
-    """All experts' errors. data_free: from weights alone."""
+    """All experts' errors. tokens: what they were measured on; 0: on the weights alone."""
 
     experts: tuple[ExpertErrors, ...]
-    data_free: bool
+    tokens: int
+
+    @property
+    def data_free(self) -> bool:
+        """Whether they come from the weights alone."""
+        return self.tokens == 0
 
     @property
     def unreached(self) -> int:
@@ -89,7 +94,8 @@ def measure(task: Task, samples: Mapping[int, Sample] | None, progress: Progress
         _measure_expert(task, layers[layer], expert, weights, None if samples is None else samples[layer])
         for layer, expert, weights in _experts(task, progress or (lambda done, total: None))
     ]
-    return Errors(tuple(_relative(found)), samples is None)
+    tokens = 0 if samples is None else max(len(sample.hidden) for sample in samples.values())
+    return Errors(tuple(_relative(found)), tokens)
 
 
 def _experts(task: Task, progress: Progress) -> Iterator[tuple[int, int, dict[Projection, Tensor]]]:

@@ -6,6 +6,7 @@ proves; 6144 units of 12 options took 1 s to a gap of 0.0001 on two cores.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Solution(NamedTuple):
 def solve(units: Sequence[Sequence[Way]], limit: int) -> Solution:
     """Return the picks with the least sum of errors among those of at most `limit` bytes, to RELATIVE_GAP.
 
-    Raises RefusedError where nothing fits, UsageError where scipy is missing.
+    Raises RefusedError where nothing fits.
     """
     if limit < smallest(units):
         raise RefusedError(f"the units take at least {smallest(units)} bytes; {limit} are allowed")
@@ -54,12 +55,16 @@ def smallest(units: Sequence[Sequence[Way]]) -> int:
     return sum(min(way.nbytes for way in unit) for unit in units)
 
 
+def require_solver() -> None:
+    """Raise UsageError where scipy is missing: better before a model is measured than after."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("tune needs scipy, which solves its knapsack: pip install 'moeplug[tune]'")
+
+
 def _milp(units: Sequence[Sequence[Way]], limit: int) -> tuple[tuple[int, ...], float]:
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise UsageError("tune needs scipy, which solves its knapsack: pip install 'moeplug[tune]'") from error
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     starts = np.cumsum([0, *(len(unit) for unit in units)])
     unit_of = np.repeat(np.arange(len(units)), np.diff(starts))
     errors = np.array([way.error for unit in units for way in unit], dtype=np.float64)
