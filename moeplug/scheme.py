@@ -254,7 +254,8 @@ class Scheme(BaseModel):
 
 def yaml_line(value: Any) -> str:
     """Return plain data as YAML on one line, as schemes have it: {format: int8, strategy: channel}."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf).strip()
+    # In a list: a plain scalar alone would be followed by a line of dots.
+    return yaml.dump([value], Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def find_scheme(name_or_path: str, installed: Mapping[str, Path]) -> Scheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -36,7 +37,7 @@ def find_candidates(names: Sequence[str], registry: Registry) -> tuple[Candidate
     """Return the candidates of these names: installed schemes, scheme files, or `none` for unquantized.
 
     Raises UsageError for a scheme with overrides, and where two could not stand in one scheme: a scheme says
-    `input_activations`, `intermediate` and `options` once, for everything in it.
+    `input_activations` and `intermediate` once, and has `options` for its own plugin alone.
     """
     unique = list(dict.fromkeys(name.strip() for name in names))
     found = tuple(_candidate(name, registry) for name in unique)
@@ -45,9 +46,12 @@ def find_candidates(names: Sequence[str], registry: Registry) -> tuple[Candidate
     for candidate in found:
         if candidate.scheme.overrides:
             raise UsageError(f"candidate {candidate.name}: has overrides; a candidate says one thing about all experts")
-    quantized = [candidate for candidate in found if candidate.spec is not None]
-    for candidate in quantized[1:]:
-        _require_same_rest(quantized[0], candidate)
+    for key in ("input_activations", "intermediate"):
+        _require_same(key, [candidate for candidate in found if candidate.spec is not None])
+    owners = sorted({candidate.plugin or "" for candidate in found if candidate.scheme.options})
+    if len(owners) > 1:
+        raise UsageError(f"candidates of plugins {' and '.join(owners)} have options; a scheme has them for one plugin")
+    _require_same("options", [candidate for candidate in found if candidate.plugin in owners])
     return found
 
 
@@ -67,13 +71,13 @@ def default_candidates(registry: Registry) -> tuple[Candidate, ...]:
 
 def shared_rest(candidates: Iterable[Candidate]) -> dict[str, object]:
     """Return what a scheme of these candidates says beside weights: the activations and options that they share."""
-    scheme = next((candidate.scheme for candidate in candidates if candidate.spec is not None), None)
-    if scheme is None:
-        return {}
-    data = scheme.model_dump(mode="json", exclude_none=True)
-    rest = {key: data[key] for key in ("input_activations", "options") if data.get(key)}
-    if scheme.intermediate != scheme.input_activations:
-        rest["intermediate"] = data.get("intermediate")
+    quantized = [candidate.scheme for candidate in candidates if candidate.spec is not None]
+    rest: dict[str, object] = {}
+    for scheme in quantized:
+        data = scheme.model_dump(mode="json", exclude_none=True)
+        rest |= {key: data[key] for key in ("input_activations", "options") if data.get(key)}
+        if scheme.intermediate != scheme.input_activations:
+            rest["intermediate"] = data.get("intermediate")
     return rest
 
 
@@ -86,18 +90,11 @@ def _candidate(name: str, registry: Registry) -> Candidate:
     return unquantized() if name == NONE else Candidate(name, registry.scheme(name))
 
 
-def _require_same_rest(one: Candidate, other: Candidate) -> None:
-    for key in ("input_activations", "intermediate"):
+def _require_same(key: str, candidates: Sequence[Candidate]) -> None:
+    """Raise UsageError unless the candidates agree in what a scheme says once, for all experts."""
+    for one, other in itertools.pairwise(candidates):
         if getattr(one.scheme, key) != getattr(other.scheme, key):
             raise UsageError(
-                f"candidates {one.name} and {other.name} differ in {key}, which a scheme says once for all experts; "
-                "tune them apart"
+                f"candidates {one.name} and {other.name} differ in {key}, which an override cannot change: tune with "
+                "one of them, then with the other"
             )
-    if (one.scheme.options or other.scheme.options) and (one.plugin, one.scheme.options) != (
-        other.plugin,
-        other.scheme.options,
-    ):
-        raise UsageError(
-            f"candidates {one.name} and {other.name} differ in plugin or options, and an override cannot set options; "
-            "tune them apart"
-        )

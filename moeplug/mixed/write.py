@@ -27,9 +27,10 @@ class Rule(NamedTuple):
 def scheme_text(name: str, description: str, picks: Picks, comment: str) -> str:
     """Return the YAML of the scheme that stores every expert as picked."""
     chosen = [of_group(option, group) for options in picks.values() for option in options for group in GROUPS]
-    base = Counter(chosen).most_common(1)[0][0]
-    plugins = Counter(candidate.plugin for candidate in chosen if candidate.plugin is not None)
-    plugin = base.plugin or next(iter(plugins), None)
+    # Options are for the scheme's own plugin alone, so its own weights are of that plugin too.
+    owner = next((candidate.plugin for candidate in chosen if candidate.scheme.options), None)
+    base = Counter(c for c in chosen if owner is None or c.plugin in (owner, None)).most_common(1)[0][0]
+    plugin = owner or base.plugin or next((c.plugin for c in chosen if c.plugin is not None), None)
     lines = [*textwrap.wrap(comment, 110, initial_indent="# ", subsequent_indent="# "), "api: 1", f"name: {name}"]
     lines.append(f"description: {yaml_line(description)}")
     lines += [f"plugin: {plugin}"] if plugin is not None else []
