@@ -360,7 +360,11 @@ def schema(kind: Literal["scheme", "plugin"]) -> None:
     help="Choose for whole layers, for each expert, or for each expert's gate_up and down. Finer is more accurate; "
     "each way of storing that a layer mixes is one more kernel call.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text like those the model will meet.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A UTF-8 text like those the model will meet. Default with the demo: its own.",
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(2),

@@ -174,11 +174,14 @@ def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
 def print_choice(choice: Choice, file: Path) -> None:
     """Print what `tune` chose beside what each candidate alone would cost, and where the scheme is."""
     console, errors = out(), choice.errors
+    counts = {option.name: count for option, count in choice.counts.items()}
     table = _table("experts", "chosen", "alone: bytes", "peak", "error", "")
     for row in choice.uniforms():
         fits = "" if choice.fits(row) else "over budget"
-        numbers = [str(choice.counts.get(row.option, 0)), size(row.expert_bytes), size(row.peak_bytes)]
-        table.add_row(row.option.name, *numbers, f"{row.relative_rms:.5f}", fits)
+        costs = [size(row.expert_bytes), size(row.peak_bytes), f"{row.relative_rms:.5f}"]
+        table.add_row(row.candidate.name, str(counts.pop(row.candidate.name, 0)), *costs, fits)
+    for name, count in counts.items():  # gate_up and down as two candidates
+        table.add_row(name, str(count))
     _print_wide(console, table)
     console.print("errors: root mean square over the layers of ||output - exact|| / ||exact||", style="dim")
     on = "the weights alone" if errors.data_free else f"{errors.tokens:,} tokens"

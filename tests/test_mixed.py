@@ -371,7 +371,7 @@ def test_a_finer_choice_is_never_worse(tiny_checkpoint):
         task_of(tiny_checkpoint("qwen3_moe"), "int8,mxfp4,mxfp8,none", per) for per in ("layer", "expert", "projection")
     ]
     errors = mixed.measure(tasks[2], samples_of(tasks[2]))
-    budget = (tasks[0].smallest_budget + tasks[0].uniform[tasks[0].options[0]].peak_bytes) // 2
+    budget = (tasks[0].smallest_budget + tasks[0].any_plan.peak_bytes) // 2
     layer, expert, projection = (mixed.choose(task, errors, budget).error for task in tasks)
     assert projection <= expert * 1.0001 <= layer * 1.0002
     assert projection < layer
@@ -382,7 +382,7 @@ def test_a_budget_that_no_choice_fits_is_refused_with_the_smallest_that_one_does
     task.require_possible(task.smallest_budget)
     with pytest.raises(RefusedError, match=f"the smallest budget that one fits is {task.smallest_budget} bytes"):
         task.require_possible(task.smallest_budget - 1)
-    mxfp4 = task.uniform[task.options[1]]
+    mxfp4 = task.uniform[task.options[1].down]
     assert task.smallest_budget == mxfp4.peak_bytes
 
 

@@ -40,9 +40,9 @@ def find_candidates(names: Sequence[str], registry: Registry) -> tuple[Candidate
     `input_activations` and `intermediate` once, and has `options` for its own plugin alone.
     """
     unique = list(dict.fromkeys(name.strip() for name in names))
-    found = tuple(_candidate(name, registry) for name in unique)
-    if not found or not unique[0]:
+    if not all(unique):
         raise UsageError("--candidates names nothing; give schemes with commas between them, and none for unquantized")
+    found = tuple(_candidate(name, registry) for name in unique)
     for candidate in found:
         if candidate.scheme.overrides:
             raise UsageError(f"candidate {candidate.name}: has overrides; a candidate says one thing about all experts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from moeplug import __version__
-from moeplug.errors import InputOutputError
+from moeplug.mixed.candidates import Candidate
 from moeplug.mixed.measure import Errors, ExpertErrors
 from moeplug.mixed.solve import Way, solve
 from moeplug.mixed.task import Option, Task
 from moeplug.mixed.write import scheme_text
 from moeplug.pipeline import Plan, plan_model
 from moeplug.pipeline.plan import gigabytes, ranges
+from moeplug.pipeline.report import write_whole
 from moeplug.scheme import Scheme
 from moeplug.validation import NAME_PATTERN
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """What one option costs for the whole model."""
+    """What one candidate costs for the whole model."""
 
-    option: Option
+    candidate: Candidate
     expert_bytes: int
     peak_bytes: int
     relative_rms: float
@@ -34,7 +34,7 @@ class Uniform:
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints of it."""
         return {
-            "scheme": self.option.name,
+            "scheme": self.candidate.name,
             "expert_bytes": self.expert_bytes,
             "peak_bytes": self.peak_bytes,
             "relative_rms": self.relative_rms,
@@ -67,15 +67,15 @@ class Choice:
         return dict(Counter(option for options in self.picks.values() for option in options).most_common())
 
     def uniforms(self) -> list[Uniform]:
-        """Return what each option alone would cost, smallest first."""
+        """Return what each candidate alone would cost, smallest first."""
         rows = []
-        for option, plan in self.task.uniform.items():
-            error = sum(of.errors[option] for of in self.errors.experts)
-            rows.append(Uniform(option, plan.expert_bytes_after, plan.peak_bytes, self.errors.relative_rms(error)))
+        for candidate, plan in self.task.uniform.items():
+            error = sum(of.errors[Option(candidate, candidate)] for of in self.errors.experts)
+            rows.append(Uniform(candidate, plan.expert_bytes_after, plan.peak_bytes, self.errors.relative_rms(error)))
         return sorted(rows, key=lambda row: row.expert_bytes)
 
     def fits(self, uniform: Uniform) -> bool:
-        """Return whether one option for the whole model is within the budget."""
+        """Return whether one candidate for the whole model is within the budget."""
         return uniform.peak_bytes <= self.budget
 
     def write(self, file: Path, text: Path | None) -> Plan:
@@ -83,34 +83,26 @@ class Choice:
         name = file.stem if re.fullmatch(NAME_PATTERN, file.stem) else "tuned"
         content = self.yaml(name, text)
         plan = self._plan(Scheme.from_text(content, str(file)))
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise InputOutputError(f"{file}: cannot be written: {error.strerror}") from error
+        write_whole(file, content)
         return plan
 
     def yaml(self, name: str, text: Path | None) -> str:
         """Return the scheme as text."""
-        most = next(iter(self.counts)).name
-        return scheme_text(name, f"made by moeplug tune; most experts: {most}", self.picks, self._comment(text))
+        return scheme_text(name, f"made by moeplug tune for {gigabytes(self.budget)}", self.picks, self._comment(text))
 
     def _comment(self, text: Path | None) -> str:
         before = self.task.any_plan.expert_bytes_before
         on = "the weights alone (--data-free)" if text is None else f"{self.errors.tokens:,} tokens of {text.name}"
+        candidates = ", ".join(candidate.scheme.name for candidate in self.task.uniform)
         made = (
             f"Made by `moeplug tune` {__version__} for a budget of {gigabytes(self.budget)}: experts take "
-            f"{gigabytes(self.expert_bytes)}, unquantized {gigabytes(before)}. Of {self._names()} each "
+            f"{gigabytes(self.expert_bytes)}, unquantized {gigabytes(before)}. Of {candidates} each "
             f"{self.task.per} has the one with which the errors of all experts' outputs are least in sum, on {on}: "
             f"{self.errors.relative_rms(self.error):.4f} of a layer's output (root mean square)"
         )
         if self.errors.unreached:
             made += f"; {self.errors.unreached} experts got no token and were judged by their weights"
         return made + "."
-
-    def _names(self) -> str:
-        return ", ".join(dict.fromkeys(option.gate_up.name for option in self.task.options))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `moeplug tune --json` prints."""

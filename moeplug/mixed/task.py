@@ -50,9 +50,10 @@ def _with(scheme: Scheme, override: Override) -> Scheme:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its options, and for each the plan of the whole model (uniform) and of one expert of each layer.
+    """A model and the options for its experts, with plans that say what fits and what it takes.
 
     per: for what an option is chosen as one: each layer, each expert, or each expert's gate_up and down apart.
+    uniform: candidate → the plan of the whole model under it alone.
     expert_plans: (layer index, option) → the plan of a layer of one expert. exact_plans: layer index → the same,
     unquantized.
     """
@@ -60,7 +61,7 @@ class Task:
     registry: Registry
     per: Per
     options: tuple[Option, ...]
-    uniform: Mapping[Option, Plan]
+    uniform: Mapping[Candidate, Plan]
     expert_plans: Mapping[tuple[int, Option], LayerPlan]
     exact_plans: Mapping[int, LayerPlan]
 
@@ -83,31 +84,33 @@ class Task:
         """
         found = find_device(device)
         checkpoint, family = open_source(model)
-        uniform: dict[Option, Plan] = {}
-        for option in _options(candidates, per):
+        uniform: dict[Candidate, Plan] = {}
+        for candidate in candidates:
+            scheme = candidate.scheme
             try:
-                activate_plugins(option.scheme, registry, found)
-                uniform[option] = plan_model(checkpoint, family, option.scheme, registry, found, with_dense=with_dense)
+                activate_plugins(scheme, registry, found)
+                uniform[candidate] = plan_model(checkpoint, family, scheme, registry, found, with_dense=with_dense)
             except MoeplugError as error:
                 if left_out is None:
                     raise
-                left_out(f"{option.name} is left out: {error}")
+                left_out(f"{candidate.name} is left out: {error}")
         if not uniform:
             raise UsageError("no candidate fits this model and device; name some with --candidates")
+        options = tuple(_options(tuple(uniform), per))
         layers = [layer.layer for layer in next(iter(uniform.values())).layers]
         expert_plans = {
             (layer.index, option): _plan_one_expert(layer, option.scheme, registry, found)
-            for option in uniform
+            for option in options
             for layer in layers
         }
         exact = unquantized().scheme
         exact_plans = {layer.index: _plan_one_expert(layer, exact, registry, found) for layer in layers}
-        return cls(registry, per, tuple(uniform), uniform, expert_plans, exact_plans)
+        return cls(registry, per, options, uniform, expert_plans, exact_plans)
 
     @property
     def any_plan(self) -> Plan:
         """A plan of the model; layers, sources and dense tensors are the same in all."""
-        return self.uniform[self.options[0]]
+        return next(iter(self.uniform.values()))
 
     @property
     def device(self) -> torch.device:

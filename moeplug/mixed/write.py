@@ -95,4 +95,4 @@ def _weights(candidate: Candidate) -> str:
         return "weights: null   # unquantized"
     data = {"format": candidate.spec.format, "strategy": candidate.spec.strategy}
     data |= candidate.spec.model_dump(mode="json", exclude_defaults=True)
-    return f"weights: {yaml_line(data)}   # {candidate.name}"
+    return f"weights: {yaml_line(data)}   # {candidate.scheme.name}"
