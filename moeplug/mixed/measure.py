@@ -139,7 +139,7 @@ def _measure_expert(task: Task, layer: LayerSpec, expert: int, weights: Weights,
 
 
 def _built(task: Task, plan: LayerPlan, weights: Weights) -> tuple[QuantizedExperts, LayerErrors]:
-    """Return a layer of this one expert, through all stages."""
+    """Return a layer of this one expert, through all stages; plugins see it as expert 0."""
     builder = LayerBuilder(plan, task.registry)
     for projection, weight in weights.items():
         builder.feed(projection, (0,), weight.unsqueeze(0))
