@@ -120,8 +120,8 @@ class E4m3(NumberFormat):
         return decode_e4m3
 
 
-E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code
-_MIDDLES: Final = (E2M1[1:8] + E2M1[:7]) / 2
+E2M1_VALUES: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code
+_MIDDLES: Final = (E2M1_VALUES[1:8] + E2M1_VALUES[:7]) / 2
 # A value in the middle goes to the even code: up from codes 1, 3 and 5, so those limits lie just below the middle.
 _E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
 
@@ -138,7 +138,7 @@ class E2m1(Nibbles):
         self.pack(codes.add_(torch.signbit(scaled), alpha=8), out)
 
     def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, E2M1, out)
+        self.unpack(stored, E2M1_VALUES, out)
 
     def triton_decode(self) -> Any:
         from moeplug.kernels import decode_e2m1

@@ -99,11 +99,16 @@ def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
     if not spec.symmetric and (fmt.asymmetric_range is None or spec.strategy == "tensor"):
         raise SchemeError(f"format {fmt.name}, strategy {spec.strategy}: no zero points; use symmetric: true")
     if spec.group_size and K % spec.group_size:
-        divisors = [g for g in (256, 128, 64, 32, 16) if K % g == 0 and g < spec.group_size]
-        hint = f"{divisors[0]} divides it, or use" if divisors else "use"
-        raise SchemeError(f"K={K} is not a multiple of group_size={spec.group_size}; {hint} strategy: channel")
+        raise SchemeError(f"{does_not_divide(K, spec.group_size)} strategy: channel")
     if K % fmt.values_per_element:
         raise SchemeError(f"K={K}: format {fmt.name} packs {fmt.values_per_element} values into one element")
+
+
+def does_not_divide(K: int, group_size: int) -> str:
+    """Return that a group size is refused, and the next smaller one that is not, up to "or use"."""
+    divisors = [g for g in (256, 128, 64, 32, 16) if K % g == 0 and g < group_size]
+    hint = f"{divisors[0]} divides it, or use" if divisors else "use"
+    return f"K={K} is not a multiple of group_size={group_size}; {hint}"
 
 
 def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool = False) -> Scales:

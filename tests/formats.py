@@ -21,8 +21,7 @@ from moeplug.registry import Plugin, Registration, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec, WeightSpec
 
-for plugin in ("int8", "fp8", "mx", "nvfp4"):  # where they are not installed
-    sys.path.append(str(Path(__file__).parents[1] / f"plugins/moeplug-{plugin}/src"))
+sys.path += map(str, Path(__file__).parents[1].glob("plugins/*/src"))  # where they are not installed
 
 from moeplug_fp8.hooks import Fp8
 from moeplug_int8.hooks import Int8

@@ -16,7 +16,7 @@ from formats import FORMATS, NF4, SPECS, blocks, grouped, quantized, scheme_of
 from formats import registry as registry_of
 
 import moeplug
-from moeplug.formats import E2M1, E4m3
+from moeplug.formats import E2M1_VALUES, E4m3
 from moeplug.kernels import cpu, fused_moe
 from moeplug.kernels.select import Device
 from moeplug.moe.layout import CONCATENATED, INTERLEAVED, PROJECTIONS, LayerSpec, in_words, interleaved
@@ -61,7 +61,7 @@ def nearest(values, x):
 
 
 def test_e2m1_rounds_to_the_nearest_code_and_ties_to_the_even_one():
-    middles = (E2M1[1:8] + E2M1[:7]) / 2
+    middles = (E2M1_VALUES[1:8] + E2M1_VALUES[:7]) / 2
     below, above = (torch.nextafter(middles, torch.full((7,), end)) for end in (0.0, 9.0))
     near = torch.cat([middles, below, above])
     x = torch.cat([near, -near, torch.linspace(-6, 6, 501), torch.zeros(1)])
@@ -69,7 +69,7 @@ def test_e2m1_rounds_to_the_nearest_code_and_ties_to_the_even_one():
     FORMATS["mxfp4"].encode(x.clone(), out)
     decoded = torch.empty_like(x)
     FORMATS["mxfp4"].decode(out, decoded)
-    magnitudes = E2M1[:8].tolist()
+    magnitudes = E2M1_VALUES[:8].tolist()
     assert decoded.tolist() == [math.copysign(magnitudes[nearest(magnitudes, abs(v))], v) for v in x.tolist()]
 
 
@@ -228,7 +228,7 @@ def test_nvfp4_is_a_global_scale_and_e4m3_scales_that_weights_are_encoded_with()
     out, scales = stored_of(weight, spec)
     assert (scales.scale.dtype, scales.global_scale.shape) == (torch.float8_e4m3fn, (2, 1, 1))
     f32 = lambda x: torch.tensor(x, dtype=torch.float32)  # noqa: E731
-    decoded, values = dequantize(out, scales, fmt), E2M1[:8].tolist()
+    decoded, values = dequantize(out, scales, fmt), E2M1_VALUES[:8].tolist()
     for b in range(2):
         of_weight = weight[b].float().abs().max() / f32(448.0 * 6)
         assert scales.global_scale[b, 0, 0] == of_weight

@@ -69,7 +69,7 @@ REASONS = {
     ),
     "ragged-activations": (
         request(intermediate=ActivationSpec(format="int8", strategy="group", group_size=48)),
-        "intermediate: K=128 is not a multiple of group_size=48; use strategy: token",
+        "intermediate: K=128 is not a multiple of group_size=48; 32 divides it, or use strategy: token",
     ),
     "activation": (request(layer={"activation": "swish9"}), "activation 'swish9' is none of silu, gelu"),
     "three-in-one": (request(down_format=Triple(torch.int8)), "packs 3 values into one element; 1 and 2 are served"),

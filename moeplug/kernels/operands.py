@@ -13,7 +13,7 @@ from moeplug.errors import PluginError, UsageError
 from moeplug.formats import NumberFormat
 from moeplug.kernels.select import KernelRequest
 from moeplug.moe.layout import ACTIVATIONS
-from moeplug.quantization import E4M3, scale_values
+from moeplug.quantization import E4M3, does_not_divide, scale_values
 from moeplug.spec import ActivationSpec
 
 HIDDEN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -127,7 +127,7 @@ def _reason_against_activations(field: str, spec: ActivationSpec | None, K: int)
     if spec.strategy == "tensor":
         return f"{field}: a scale for all tokens makes a token's result depend on its batch; use strategy: token"
     if spec.group_size and K % spec.group_size:
-        return f"{field}: K={K} is not a multiple of group_size={spec.group_size}; use strategy: token"
+        return f"{field}: {does_not_divide(K, spec.group_size)} strategy: token"
     return None
 
 
