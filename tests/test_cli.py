@@ -155,6 +155,14 @@ def test_tune_runs_a_model_under_a_scheme_too(run, tmp_path):
     assert [list(options.values()) for options in layers.values()] == [["0-7"]] * 5
 
 
+def test_tune_may_store_gate_up_and_down_of_an_expert_differently(run, tmp_path):
+    options = ("--candidates", "mxfp4,mxfp8", "--per", "projection", "--device", "cpu", "--data-free")
+    code, out, _ = run("tune", "--budget", "15MB", *options, "-o", tmp_path / "my.yaml")
+    assert code == 0
+    assert re.search(r"^(mxfp4 \+ mxfp8|mxfp8 \+ mxfp4) +[0-9]+", out, re.MULTILINE)
+    assert "projections: [" in (tmp_path / "my.yaml").read_text()
+
+
 def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path):
     scheme = tmp_path / "my.yaml"
     code, _, err = run("tune", "--budget", "3MB", "--candidates", "int8,none", "--data-free", "-o", scheme)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
+import weakref
 
 import helpers
 import pytest
@@ -342,6 +344,20 @@ def test_an_expert_without_tokens_is_judged_by_its_weights_as_if_one_token_came(
         if of.tokens == 0:
             expected = relative_squares(checkpoint, "int8", of.layer, of.expert) / (M * T)
             assert of.errors[task.options[0]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_expert_is_in_memory_at_a_time(tiny_checkpoint, monkeypatch):
+    module = importlib.import_module("moeplug.mixed.measure")
+    measure_expert, earlier = module._measure_expert, []
+
+    def watched(task, layer, expert, weights, sample):
+        assert all(weight() is None for weight in earlier)
+        earlier.extend(weakref.ref(weight) for weight in weights.values())
+        return measure_expert(task, layer, expert, weights, sample)
+
+    monkeypatch.setattr(module, "_measure_expert", watched)
+    mixed.measure(task_of(tiny_checkpoint("qwen3_moe", fused=True, shards=3), "int8"), None)
+    assert len(earlier) == 2 * 8 * 3
 
 
 # Choosing
