@@ -421,7 +421,7 @@ def tune(
         raise UsageError("tune needs --text FILE, what the model reads while it is measured; or --data-free")
     mixed.require_solver()
     registry = _registry(disable)
-    wanted = mixed.find_candidates(candidates.split(","), registry) if candidates else None
+    wanted = None if candidates is None else mixed.find_candidates(candidates.split(","), registry)
     task = mixed.Task.open(
         model, wanted or mixed.default_candidates(registry), registry=registry, per=per, device=device,
         with_dense=runtime == "transformers", left_out=terminal.note if wanted is None else None,

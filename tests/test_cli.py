@@ -179,7 +179,7 @@ def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path)
     [
         (("MODEL", "--budget", "1GB", "-o", "x.yaml"), "tune needs --text FILE"),
         (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "--data-free uses no text"),
-        (("--budget", "1GB", "-o", "x.yaml", "--candidates", " "), "--candidates names nothing"),
+        (("--budget", "1GB", "-o", "x.yaml", "--candidates", ""), "--candidates names nothing"),
         (("--budget", "1GB", "-o", "x.yaml", "--candidates", "int8,intt8"), "no scheme is called 'intt8'"),
         (("--budget", "1 zebra", "-o", "x.yaml"), "--budget '1 zebra' is not a size"),
     ],
