@@ -71,7 +71,7 @@ class NumberFormat(ABC):
         place in a word. DTYPE is the triton type that will be multiplied; values may be of any type that converts to
         it exactly, the core casts them. Where rows are no whole words, the core gives single bytes as words and takes
         the first tile. It applies zero point and scale itself. `moeplug.kernels` has decode_int8, decode_int4,
-        decode_e4m3, decode_e2m1 and decode_nf4.
+        decode_e4m3 and decode_e2m1.
         """
         return None
 

@@ -28,7 +28,7 @@ class Operand:
     float32, which multiplies scale, or None. bias: (E, N) float or None.
     Strides are any, except that a weight's rows are contiguous.
     words: values along K are in the order of `moeplug.moe.layout.in_words`; else in the plain order.
-    group_size: weights along K that share a scale, K for one scale a row; the last of a row may be fewer for blocks.
+    group_size: weights along K that share a scale, K for one scale a row; the last of a row may be fewer.
     scale_rows: rows that share a row of scales, 1 but for blocks. parts: 2 in w13, whose R rows of scales are gate's,
     then up's, in every layout; 1 in w2.
     """
