@@ -41,6 +41,7 @@ FLOORS = [
     ("moeplug.integrations", 6),
     ("moeplug.evaluation", 6),
     ("moeplug.api", 7),
+    ("moeplug.mixed", 7),
     ("moeplug.terminal", 7),
     ("moeplug.cli", 8),
     ("moeplug.__main__", 9),
