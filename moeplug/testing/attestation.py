@@ -1,0 +1,71 @@
+"""Remember, in a file to commit, that a plugin's GPU tests passed: where, when and with which versions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """One run of the GPU tests. versions: of moeplug, the plugin's distribution, torch and triton."""
+
+    plugin: str
+    passed: int
+    date: str
+    gpu: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of_this_machine(cls, plugin: str, passed: int) -> Attestation:
+        """Return what a run that just ended on this machine's first GPU says."""
+        import torch
+
+        now = datetime.now(UTC).date().isoformat()
+        return cls(plugin, passed, now, torch.cuda.get_device_name(0), versions_of(plugin))
+
+    def write(self, file: Path) -> None:
+        """Write it, beside those of other plugins in the same file."""
+        others = {} if not file.exists() else json.loads(file.read_text())
+        file.write_text(json.dumps({**others, self.plugin: asdict(self)}, indent=2, sort_keys=True) + "\n")
+
+
+def versions_of(plugin: str) -> dict[str, str]:
+    """Return the installed versions that a plugin's results depend on."""
+    from moeplug.registry import Registry
+
+    distribution = next((p.distribution for p in Registry.discover().plugins if p.name == plugin), plugin)
+    found = {}
+    for name in ("moeplug", distribution, "torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_age(file: Path, plugin: str, today: str | None = None) -> str:
+    """Return a line about what a file attests: how old it is, on which GPU, and which versions differ from here."""
+    attested = _read(file).get(plugin)
+    if attested is None:
+        return f"no GPU run is attested; on a GPU, `pytest --moeplug-attest` writes {file.name}"
+    then, now = datetime.fromisoformat(attested["date"]), datetime.fromisoformat(today or _today())
+    here = versions_of(plugin)
+    other = [f"{name} {v} (here {here.get(name)})" for name, v in attested["versions"].items() if here.get(name) != v]
+    against = f", but with {', '.join(other)}" if other else ", with the versions that are installed here"
+    days = (now - then).days
+    return f"attested {attested['date']}, {days} days ago, on {attested['gpu']}: {attested['passed']} passed{against}"
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def _read(file: Path) -> dict[str, dict[str, object]]:
+    if not file.exists():
+        return {}
+    data = json.loads(file.read_text())
+    return data if isinstance(data, dict) else {}
