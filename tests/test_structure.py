@@ -42,6 +42,7 @@ FLOORS = [
     ("moeplug.evaluation", 6),
     ("moeplug.api", 7),
     ("moeplug.terminal", 7),
+    ("moeplug.testing", 8),
     ("moeplug.cli", 8),
     ("moeplug.__main__", 9),
     ("moeplug", 0),
@@ -124,6 +125,16 @@ def test_importing_moeplug_is_light():
     code = (
         "import sys, moeplug\n"
         "heavy = {'torch', 'triton', 'numpy', 'pydantic', 'yaml', 'transformers', 'rich', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_pytest_loads_with_moeplug_imports_no_torch():
+    """The entry point under pytest11 is imported by every run of pytest, of whatever project."""
+    code = (
+        "import sys, moeplug.testing.pytest_plugin\n"
+        "heavy = {'torch', 'triton', 'numpy', 'pydantic', 'yaml', 'rich', 'click'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def _read(file: Path) -> dict[str, dict[str, object]]:
+def _read(file: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
     data = json.loads(file.read_text())
