@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,10 @@ def versions_of(plugin: str) -> dict[str, str]:
 
 def describe_age(file: Path, plugin: str, today: str | None = None) -> str:
     """Return a line about what a file attests: how old it is, on which GPU, and which versions differ from here."""
-    attested = _read(file).get(plugin)
+    try:
+        attested = json.loads(file.read_text()).get(plugin) if file.exists() else None
+    except (ValueError, AttributeError) as error:
+        return f"{file} cannot be read: {type(error).__name__}: {error}"
     if attested is None:
         return f"no GPU run is attested; on a GPU, `pytest --moeplug-attest` writes {file.name}"
     then, now = datetime.fromisoformat(attested["date"]), datetime.fromisoformat(today or _today())
@@ -63,10 +65,3 @@ def describe_age(file: Path, plugin: str, today: str | None = None) -> str:
 
 def _today() -> str:
     return datetime.now(UTC).date().isoformat()
-
-
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    if not file.exists():
-        return {}
-    data = json.loads(file.read_text())
-    return data if isinstance(data, dict) else {}

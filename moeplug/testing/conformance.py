@@ -267,7 +267,9 @@ class SchemeConformance:
         shape = Shape(1, 1, *REAL_SHAPES["Qwen3-30B-A3B"][2:])
         self._expect_plan_or_refusal(scheme, shape)
         if self._fits(scheme, shape):
-            self._expect_reference(self._build(scheme, shape), *random_tokens(shape, M=3))
+            layer = self._build(scheme, shape)
+            self._expect_weights(layer)
+            self._expect_reference(layer, *random_tokens(shape, M=3))
 
     # --- numbers on a CPU --------------------------------------------------------------------------------------------
 

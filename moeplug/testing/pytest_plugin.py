@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for cls, tests in by_class.items():
         for item in tests:
             _skip_newer(item, cls)
-        _mark_known_failures(cls, tests)
+        mark_known_failures(cls, tests)
 
 
 def _skip_newer(item: pytest.Item, cls: Any) -> None:
@@ -67,7 +67,8 @@ def _skip_newer(item: pytest.Item, cls: Any) -> None:
         item.add_marker(pytest.mark.skip(f"came with api {number}; the plugin's plugin.yaml says api: {speaks}"))
 
 
-def _mark_known_failures(cls: Any, tests: list[pytest.Item]) -> None:
+def mark_known_failures(cls: Any, tests: list[pytest.Item]) -> None:
+    """Make tests that a class says to fail strict xfails; raise UsageError where it gives no reason or no test."""
     for name, reason in cls.known_failures.items():
         if not str(reason).strip():
             raise pytest.UsageError(f"{cls.__name__}: known_failures[{name!r}] has no reason; say why it fails")
