@@ -36,6 +36,7 @@ FLOORS = [
     ("moeplug.manifest", 3),
     ("moeplug.schema", 4),
     ("moeplug.registry", 4),
+    ("moeplug.scaffold", 4),
     ("moeplug.checking", 5),
     ("moeplug.pipeline", 5),
     ("moeplug.integrations", 6),
@@ -143,7 +144,7 @@ def test_what_pytest_loads_with_moeplug_imports_no_torch():
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["load", "--help"], ["plugins"], ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"],
-     ["check", "schemes/int8.yaml"], ["schema", "scheme"], ["schema", "plugin"]],
+     ["check", "schemes/int8.yaml"], ["new-plugin", "--help"], ["schema", "scheme"], ["schema", "plugin"]],
     ids=" ".join,
 )  # fmt: skip
 def test_help_listing_and_checking_import_neither_torch_nor_triton(arguments):
