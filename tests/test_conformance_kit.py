@@ -100,7 +100,13 @@ from moeplug.testing import SchemeConformance, since_api
 
 class TestKnown(SchemeConformance):
     plugin = "int8"
-    known_failures = {"test_one_token_is_served[int8]": "it once did"}
+    known_failures = {
+        "test_one_token_is_served[int8]": "it once did",
+        "test_that_fails": "it has to",
+    }
+
+    def test_that_fails(self):
+        raise AssertionError
 
     @since_api(2)
     def test_of_tomorrow(self):
@@ -117,14 +123,16 @@ def run(tmp_path_factory):
     """A run of some tests of CLASSES that asks for an attestation: what pytest printed, and its folder."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "test_classes.py").write_text(CLASSES)
-    asked = "test_one_token_is_served or test_a_captured_graph or test_the_plugin_is_installed or test_of_tomorrow"
+    asked = (
+        "test_one_token_is_served or test_a_captured_graph or test_the_plugin_is_installed or tomorrow or that_fails"
+    )
     done = run_pytest(folder, "-k", asked, "--moeplug-attest", "-rA")
     return done.stdout, folder
 
 
 def test_a_run_says_what_was_not_verified_here(run):
     text, _ = run
-    assert "int8: CPU and interpreter: " in text
+    assert "int8: CPU and interpreter: 6 passed, 1 failed, 1 known to fail, 1 skipped" in text
     assert "int8: GPU: 6 not verified here" in text or "int8: GPU: 6 passed" in text
 
 
@@ -160,6 +168,24 @@ def test_a_known_failure_has_a_reason_and_a_test(known, said):
     item = SimpleNamespace(name="test_one_token_is_served[int8]", originalname="test_one_token_is_served")
     with pytest.raises(pytest.UsageError, match=said):
         pytest_plugin.mark_known_failures(type("TestMine", (), {"known_failures": known}), [item])
+
+
+def test_an_attestation_of_a_run_on_a_gpu_is_written_and_read_back(tmp_path, monkeypatch, pytestconfig):
+    """Without a GPU here: its name is made up, the run's counts too."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(pytestconfig.option, "moeplug_attest", True)
+    report, file = pytest_plugin.Report(pytestconfig), tmp_path / "gpu-attestation.json"
+    for counts in (
+        {"gpu passed": 3, "cpu failed": 1},
+        {"cpu passed": 3},
+        {"gpu passed": 3, "gpu not verified here": 1},
+    ):
+        assert "is not written" in report.attested("int8", file, counts)
+        assert not file.exists()
+    assert report.attested("int8", file, {"gpu passed": 3, "cpu passed": 5}) == f"wrote {file}: commit it"
+    assert "0 days ago, on NVIDIA H100: 3 passed, with the versions that are installed here" in describe_age(
+        file, "int8"
+    )
 
 
 def test_a_class_that_names_no_plugin_is_told_how():

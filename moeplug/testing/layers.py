@@ -414,23 +414,27 @@ def projections_of(layer: Layer) -> Iterator[tuple[Projection, int, WeightSpec |
         yield projection, expert, layer.ctx_of(expert).spec(projection), kept
 
 
-def scheme_for(capability: str, manifest: Manifest, fmt: str, base: WeightSpec | None, activation: str) -> Scheme:
+def scheme_for(capability: str, manifest: Manifest, fmt: str, base: Scheme | None, activation: str) -> Scheme:
     """Return a scheme that asks for one capability of a format.
 
-    base: a spec of the plugin's own schemes, whose scale_dtype then serves. activation: the activations' format.
+    base: a scheme of the plugin's own that uses the format; its scale_dtype, group_size and options then serve.
+    activation: the activations' format.
     """
-    weights: dict[str, Any] = {"format": fmt, "scale_dtype": base.scale_dtype if base else "float32"}
+    spec = base.weights if base is not None else None
+    weights: dict[str, Any] = {"format": fmt, "scale_dtype": spec.scale_dtype if spec else "float32"}
+    size = spec.group_size if spec is not None and spec.strategy == "group" else 64
+    sizes: dict[str, dict[str, Any]] = {"group": {"group_size": size}, "block": {"block_structure": [32, 64]}}
     able = [word.removeprefix("per_") for word in manifest.capabilities if word.startswith("per_")]
-    sizes: dict[str, dict[str, Any]] = {"group": {"group_size": 64}, "block": {"block_structure": [32, 64]}}
-    strategy = capability.removeprefix("per_") if capability.startswith("per_") else (able or ["channel"])[0]
+    strategy = (able or ["channel"])[0]
     data: dict[str, Any] = {"api": 1, "name": "claim", "plugin": manifest.name, "weights": weights}
+    data["options"] = base.options if base is not None else {}
     if capability == "zero_points":
         strategy = next((s for s in ("channel", "group") if s in able), "channel")
         weights |= {"symmetric": False, "scale_dtype": "float32"}
     elif capability.startswith("activation_per_"):
         of_activations = capability.removeprefix("activation_per_")
         data["input_activations"] = {"format": activation, "strategy": of_activations, **sizes.get(of_activations, {})}
+    else:
+        strategy = capability.removeprefix("per_")
     weights |= {"strategy": strategy, **sizes.get(strategy, {})}
-    if base is not None and base.strategy == strategy == "group":
-        weights["group_size"] = base.group_size
     return Scheme.from_data(data)

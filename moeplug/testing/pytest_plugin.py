@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs_interpreter: a conformance test that starts triton's interpreter",
     ):
         config.addinivalue_line("markers", line)
-    config.pluginmanager.register(_Report(config), "moeplug-conformance-report")
+    config.pluginmanager.register(Report(config), "moeplug-conformance-report")
 
 
 def _class_of(item: pytest.Item) -> Any:
@@ -89,7 +89,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return (yield)
 
 
-class _Report:
+class Report:
     """Counts conformance tests by plugin, and says at the end what was verified and what was not."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -104,7 +104,9 @@ class _Report:
         counts = self._counts.setdefault((facts["plugin"], facts["file"]), {})
         where = "gpu" if facts["of_gpu"] else "cpu"
         reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-        outcome = "not verified here" if "not verified here" in reason else report.outcome
+        outcome: str = "not verified here" if "not verified here" in reason else report.outcome
+        if hasattr(report, "wasxfail") and report.skipped:
+            outcome = "known to fail"
         counts[f"{where} {outcome}"] = counts.get(f"{where} {outcome}", 0) + 1
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -115,9 +117,10 @@ class _Report:
         for (plugin, file), counts in sorted(self._counts.items()):
             terminalreporter.line(f"{plugin}: {_said(counts, 'cpu', 'CPU and interpreter')}")
             terminalreporter.line(f"{plugin}: {_said(counts, 'gpu', 'GPU')}")
-            terminalreporter.line(f"{plugin}: {self._attested(plugin, Path(file), counts)}")
+            terminalreporter.line(f"{plugin}: {self.attested(plugin, Path(file), counts)}")
 
-    def _attested(self, plugin: str, file: Path, counts: dict[str, int]) -> str:
+    def attested(self, plugin: str, file: Path, counts: dict[str, int]) -> str:
+        """Return a line about the attestation in a file, which is written first where that is asked for."""
         failed = sum(n for outcome, n in counts.items() if outcome.endswith("failed"))
         if not self._config.getoption("--moeplug-attest"):
             return describe_age(file, plugin)
