@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -361,7 +362,7 @@ def new_plugin(name: str, into: Path, as_json: bool) -> None:
     formats = [fmt for manifest in registry.manifests().values() for fmt in manifest.formats]
     files = write(name, into, {*(plugin.name for plugin in registry.plugins), *formats, *registry.scheme_files()})
     folder = into / f"moeplug-{name}"
-    commands = [f"cd {folder}", 'pip install -e ".[test]"', f"moeplug load --scheme {name}", "pytest"]
+    commands = [f"cd {shlex.quote(str(folder))}", 'pip install -e ".[test]"', f"moeplug load --scheme {name}", "pytest"]
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "files": [str(f) for f in files], "next": commands}, indent=2))
         return

@@ -155,13 +155,13 @@ def test_a_test_of_a_newer_api_is_skipped(run):
 
 def test_an_attestation_of_a_run_that_failed_is_not_written(run):
     text, folder = run
-    assert "gpu-attestation.json is not written: all GPU tests have to run and none may fail" in text
+    assert "gpu-attestation.json is not written: all tests have to run, the GPU's too, and none may fail" in text
     assert not (folder / "gpu-attestation.json").exists()
 
 
 @pytest.mark.parametrize(
     ("known", "said"),
-    [({"test_one_token_is_served": ""}, "has no reason"), ({"test_one_tok": "x"}, "which is no test of this run")],
+    [({"test_one_token_is_served": ""}, "has no reason"), ({"test_one_tok": "x"}, "which is no test of the class")],
     ids=["no_reason", "no_test"],
 )
 def test_a_known_failure_has_a_reason_and_a_test(known, said):
@@ -174,6 +174,7 @@ def test_an_attestation_of_a_run_on_a_gpu_is_written_and_read_back(tmp_path, mon
     """Without a GPU here: its name is made up, the run's counts too."""
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr(pytestconfig.option, "moeplug_attest", True)
+    monkeypatch.setattr(pytestconfig, "args", ["tests"])
     report, file = pytest_plugin.Report(pytestconfig), tmp_path / "gpu-attestation.json"
     for counts in (
         {"gpu passed": 3, "cpu failed": 1},
@@ -183,6 +184,8 @@ def test_an_attestation_of_a_run_on_a_gpu_is_written_and_read_back(tmp_path, mon
         assert "is not written" in report.attested("int8", file, counts)
         assert not file.exists()
     assert report.attested("int8", file, {"gpu passed": 3, "cpu passed": 5}) == f"wrote {file}: commit it"
+    report.pytest_deselected()
+    assert "all tests have to run" in report.attested("int8", file, {"gpu passed": 3})
     assert "0 days ago, on NVIDIA H100: 3 passed, with the versions that are installed here" in describe_age(
         file, "int8"
     )
@@ -204,8 +207,9 @@ def test_an_attestation_says_how_old_it_is_and_what_has_changed_since(tmp_path):
     assert "but with moeplug 0.0.1 (here" in describe_age(file, "int8")
     assert "no GPU run is attested" in describe_age(file, "third")
     assert set(json.loads(file.read_text())) == {"int8", "other"}
-    file.write_text("{")
-    assert "cannot be read" in describe_age(file, "int8")
+    for damaged in ("{", "[]", '{"int8": {}}', '{"int8": 1}'):
+        file.write_text(damaged)
+        assert "cannot be read" in describe_age(file, "int8")
 
 
 FORMATS = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,12 +24,15 @@ class Attestation:
         """Return what a run that just ended on this machine's first GPU says."""
         import torch
 
-        now = datetime.now(UTC).date().isoformat()
-        return cls(plugin, passed, now, torch.cuda.get_device_name(0), versions_of(plugin))
+        today = datetime.now().date().isoformat()
+        return cls(plugin, passed, today, torch.cuda.get_device_name(0), versions_of(plugin))
 
     def write(self, file: Path) -> None:
-        """Write it, beside those of other plugins in the same file."""
-        others = {} if not file.exists() else json.loads(file.read_text())
+        """Write it, beside those of other plugins in the same file; a file that cannot be read is replaced."""
+        try:
+            others = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError:
+            others = {}
         file.write_text(json.dumps({**others, self.plugin: asdict(self)}, indent=2, sort_keys=True) + "\n")
 
 
@@ -51,17 +54,18 @@ def describe_age(file: Path, plugin: str, today: str | None = None) -> str:
     """Return a line about what a file attests: how old it is, on which GPU, and which versions differ from here."""
     try:
         attested = json.loads(file.read_text()).get(plugin) if file.exists() else None
-    except (ValueError, AttributeError) as error:
+        if attested is None:
+            return f"no GPU run is attested; on a GPU, `pytest --moeplug-attest` writes {file.name}"
+        return _described(Attestation(**attested), datetime.fromisoformat(today) if today else datetime.now())
+    except (ValueError, TypeError, AttributeError) as error:
         return f"{file} cannot be read: {type(error).__name__}: {error}"
-    if attested is None:
-        return f"no GPU run is attested; on a GPU, `pytest --moeplug-attest` writes {file.name}"
-    then, now = datetime.fromisoformat(attested["date"]), datetime.fromisoformat(today or _today())
-    here = versions_of(plugin)
-    other = [f"{name} {v} (here {here.get(name)})" for name, v in attested["versions"].items() if here.get(name) != v]
-    against = f", but with {', '.join(other)}" if other else ", with the versions that are installed here"
+
+
+def _described(attested: Attestation, now: datetime) -> str:
+    here, then = versions_of(attested.plugin), datetime.fromisoformat(attested.date)
+    other = [
+        f"{name} {was} (here {here.get(name)})" for name, was in attested.versions.items() if here.get(name) != was
+    ]
+    against = f"but with {', '.join(other)}" if other else "with the versions that are installed here"
     days = (now - then).days
-    return f"attested {attested['date']}, {days} days ago, on {attested['gpu']}: {attested['passed']} passed{against}"
-
-
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
+    return f"attested {attested.date}, {days} days ago, on {attested.gpu}: {attested.passed} passed, {against}"

@@ -77,7 +77,6 @@ def since_api(number: int) -> Callable[[Test], Test]:
 
 
 needs_gpu: Final = pytest.mark.needs_gpu
-needs_interpreter: Final = pytest.mark.needs_interpreter
 
 
 class SchemeConformance:
@@ -174,8 +173,7 @@ class SchemeConformance:
     @pytest.mark.parametrize("shape", ["fitting", *RAGGED_SHAPES])
     def test_weights_come_back_as_well_as_they_can(self, scheme: str, shape: str) -> None:
         """No weight is worse than under moeplug's own scales, each value rounded to the nearest."""
-        layer = self._layer_or_refusal(scheme, shape)
-        self._expect_weights(layer)
+        self._expect_weights(self._layer_or_refusal(scheme, shape))
 
     @since_api(1)
     def test_every_value_is_the_nearest_under_its_final_scale(self, scheme: str) -> None:
@@ -202,7 +200,8 @@ class SchemeConformance:
         """`relative_rms` of the test class, and the scheme's own `accept:`."""
         given, unit = self._scheme(scheme), fitting_shape(self._scheme(scheme)).I // 2
         K = -(-1024 // unit) * unit
-        layer = build(self._registry(), given, Shape(1, 1, K, K), normal_weights(Shape(1, 1, K, K)))
+        shape, accept = Shape(1, 1, K, K), None if given.accept is None else given.accept.relative_rms
+        layer = self._build(scheme, shape, weights=normal_weights(shape), accept=accept)
         promised = self.relative_rms.get(scheme)
         if promised is not None:
             assert layer.worst_error <= promised, f"{layer.worst_error:.4g} on normal weights; {promised} is promised"
@@ -220,10 +219,10 @@ class SchemeConformance:
     @since_api(1)
     def test_an_expert_does_not_depend_on_the_others(self, scheme: str) -> None:
         """Expert 1 alone is changed; only its rows change."""
-        layer, shape = self._layer(scheme), self._fitting(scheme)
-        w13, w2 = (weight.clone() for weight in random_weights(shape))
+        layer = self._layer(scheme)
+        w13, w2 = (weight.clone() for weight in random_weights(self._fitting(scheme)))
         w13[1], w2[1] = -3 * w13[1].flip(0), -3 * w2[1].flip(0)
-        other = build(self._registry(), self._scheme(scheme), shape, (w13, w2))
+        other = self._build(scheme, weights=(w13, w2))
         for projection, expert, _, kept in projections_of(layer):
             same = same_bytes(kept.stored, other.kept[projection, expert].stored)
             assert same == (expert != 1), f"expert {expert}, {projection}: {'unchanged' if same else 'changed'}"
@@ -244,7 +243,7 @@ class SchemeConformance:
         w13, w2 = (weight.clone() for weight in random_weights(shape))
         w13[0], w2[0], w2[1, :, 0] = 0, 0, 0
         w2[1, 0], w2[1, 1], w2[2, 3, 5] = 0, 1e-38, 1000  # a row of zeros, the smallest normal numbers, an outlier
-        layer = build(self._registry(), replace_accept(self._scheme(scheme)), shape, (w13, w2))
+        layer = self._build(scheme, weights=(w13, w2))
         for projection, expert, _, _ in projections_of(layer):
             decoded = layer.decoded(projection, expert)
             assert decoded.isfinite().all(), f"expert {expert}, {projection}: NaN or an infinity"
@@ -487,12 +486,10 @@ class SchemeConformance:
         pytest.fail(f"plugin.yaml claims GPUs, but none is served: {against}")
 
     @since_api(1)
-    @needs_interpreter
     def test_every_stored_byte_decodes_in_the_kernel_as_the_format_says(self, number_format: str) -> None:
         self._expect_interpreted("formats", number_format)
 
     @since_api(1)
-    @needs_interpreter
     def test_the_gpus_kernel_gives_the_references_numbers_in_the_interpreter(self, scheme: str) -> None:
         self._expect_interpreted("schemes", scheme)
 
@@ -793,11 +790,6 @@ class SchemeConformance:
             pytest.skip(NOT_VERIFIED + "triton runs on Linux alone")
         for what, problem in cls._interpreted()[kind][name].items():
             assert problem is None, f"{what}: {problem}"
-
-
-def replace_accept(scheme: Scheme) -> Scheme:
-    """Return a scheme without `accept:`, for weights that no one would accept."""
-    return scheme.model_copy(update={"accept": None})
 
 
 def _sizes(layer: Layer) -> tuple[int, int, int, int]:

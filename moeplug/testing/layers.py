@@ -188,8 +188,8 @@ class Layer:
         return any(request.input_activations or request.intermediate for request in requests)
 
 
-def random_weights(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Return w13 (E, 2I, H) and w2 (E, H, I) in which every confusion shows.
+def random_weights(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return w13 (E, 2I, H) and w2 (E, H, I) in bfloat16 in which every confusion shows.
 
     Rows differ in size, columns grow eightfold along K, up is four times gate, no row centres on zero: a scale of
     another row, group or projection, or a zero point of another sign, is then far off. Outputs are near 1.
@@ -203,7 +203,7 @@ def random_weights(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.bfloa
         return values * rows * columns / (2 * math.sqrt(K))
 
     gate, up = weight(shape.I, shape.H), 4 * weight(shape.I, shape.H)
-    return torch.cat([gate, up], 1).to(dtype), weight(shape.H, shape.I).to(dtype)
+    return torch.cat([gate, up], 1).bfloat16(), weight(shape.H, shape.I).bfloat16()
 
 
 def normal_weights(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -233,12 +233,12 @@ def activations_of(scheme: Scheme) -> list[ActivationSpec]:
     return [spec for spec in (scheme.input_activations, scheme.intermediate) if spec is not None]
 
 
-def fitting_shape(scheme: Scheme, E: int = 3) -> Shape:
+def fitting_shape(scheme: Scheme) -> Shape:
     """Return small sizes that a scheme cannot refuse: whole groups, whole words of 16 bits, H and I different."""
     groups = [spec.group_size or 1 for spec in specs_of(scheme)]
     groups += [spec.group_size or 1 for spec in activations_of(scheme)]
     unit = math.lcm(64, *groups)  # a run of words of four values is 64
-    return Shape(E, 2, 3 * unit, 2 * unit)
+    return Shape(3, 2, 3 * unit, 2 * unit)
 
 
 def activate(registry: Registry, scheme: Scheme) -> None:
@@ -249,10 +249,9 @@ def activate(registry: Registry, scheme: Scheme) -> None:
             registry.activate(name, f"scheme '{scheme.name}'")
 
 
-def layer_spec(shape: Shape, dtype: torch.dtype = torch.bfloat16, activation: str = "silu") -> LayerSpec:
+def layer_spec(shape: Shape) -> LayerSpec:
     """Return a layer of these sizes."""
-    name = f"layer {LAYER_INDEX}"
-    return LayerSpec(LAYER_INDEX, name, *shape, activation, str(dtype).removeprefix("torch."))
+    return LayerSpec(LAYER_INDEX, f"layer {LAYER_INDEX}", *shape)
 
 
 def build(
@@ -264,21 +263,23 @@ def build(
     fill: int = FILL,
     whole_projections: bool = False,
     as_on_gpu: Device | None = None,
+    accept: float | None = None,
 ) -> Layer:
     """Return a layer quantized through all stages, on its weights' device.
 
-    weights: w13 and w2; None: `random_weights`. whole_projections: all experts of a projection in one call, last
-    projection first, instead of one by one. as_on_gpu: on a CPU, with the kernel and the layout that this GPU would
-    get; triton has to be in its interpreter.
+    weights: w13 and w2, bfloat16; None: `random_weights`. whole_projections: all experts of a projection in one call,
+    last projection first, instead of one by one. as_on_gpu: on a CPU, with the kernel and the layout that this GPU
+    would get; triton has to be in its interpreter. accept: as `accept: relative_rms` of a scheme, whose own is not
+    asked: random weights are worse than any that a user has.
     """
     w13, w2 = random_weights(shape) if weights is None else weights
     activate(registry, scheme)
-    plan = plan_layer(layer_spec(shape, w13.dtype), scheme, registry, w13.device)
+    plan = plan_layer(layer_spec(shape), scheme, registry, w13.device)
     if as_on_gpu is not None:
         contexts = [(group, kernel_on(registry, group.ctx, as_on_gpu)) for group in plan.groups]
         plan = replace(plan, groups=tuple(replace(g, ctx=replace(g.ctx, kernel=kernel)) for g, kernel in contexts))
     registry.begin(fill)
-    builder = LayerBuilder(plan, registry, None if scheme.accept is None else scheme.accept.relative_rms)
+    builder = LayerBuilder(plan, registry, accept)
     parts: dict[Projection, Tensor] = {"gate": w13[:, : shape.I], "up": w13[:, shape.I :], "down": w2}
     if whole_projections:
         for projection in reversed(PROJECTIONS):

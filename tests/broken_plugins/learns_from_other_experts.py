@@ -1,7 +1,7 @@
 """Widens a scale where another expert needed a wider one.
 
 fails: test_an_expert_does_not_depend_on_the_others
-says: "expert 2"
+says: "expert 0, gate: changed"
 """
 
 from moeplug_int8.hooks import Int8
