@@ -227,12 +227,13 @@ class Writing(Job):
     def _note_errors(self, name: str, layer: int, errors: LayerErrors, weights: int = 1) -> None:
         """Add errors of a layer to what is said of the shard that holds the tensor of this name."""
         noted = self._errors_of[self._shard_of[name]].setdefault(
-            str(layer), {"worst": -1.0, "where": "", "mean": 0.0, "weights": 0}
+            str(layer), {"worst": -1.0, "where": "", "mean": 0.0, "weights": 0, "sum_of_squares": 0.0}
         )
         if errors.worst > noted["worst"]:
             noted |= {"worst": errors.worst, "where": errors.worst_where}
         total = noted["mean"] * noted["weights"] + errors.mean * weights
         noted["weights"] += weights
+        noted["sum_of_squares"] += errors.sum_of_squares
         noted["mean"] = total / noted["weights"]
 
     def _kept_items(self) -> list[Item]:
@@ -293,7 +294,7 @@ class ExpertWriting(Writing):
         if ctx.spec(projection) is None:
             return {f"{module}.weight": stored[0]}, relative
         tensors = {f"{module}.{part}": t for part, t in self._form.pack(ctx, projection, stored[0], scales).items()}
-        errors = LayerErrors(relative, relative, f"expert {source.expert}, {projection}")
+        errors = LayerErrors(relative, relative, f"expert {source.expert}, {projection}", relative**2)
         self._note_errors(next(iter(tensors)), source.layer, errors)
         return tensors, relative
 

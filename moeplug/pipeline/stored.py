@@ -65,7 +65,8 @@ def recorded_errors(manifest: Mapping[str, Any]) -> dict[int, LayerErrors]:
         worst = max(all_errors, key=lambda errors: errors["worst"])
         weights = sum(errors["weights"] for errors in all_errors)
         mean = sum(errors["mean"] * errors["weights"] for errors in all_errors) / weights
-        found[layer] = LayerErrors(worst["worst"], mean, worst["where"])
+        squares = sum(errors["sum_of_squares"] for errors in all_errors)
+        found[layer] = LayerErrors(worst["worst"], mean, worst["where"], squares)
     return found
 
 
