@@ -258,7 +258,7 @@ class ExpertWriting(Writing):
         super().__init__(plan, registry)
         self._form = form
         self._patterns = _per_expert_patterns(plan)
-        self._moved = _moved_folder(plan, self._patterns)
+        self._moved = _moved_folders(plan, self._patterns)
         self._contexts = {
             (layer.layer.index, expert): group.ctx
             for layer in plan.layers
@@ -331,16 +331,10 @@ class ExpertWriting(Writing):
 
     def kept_name(self, name: str) -> str:
         """Return a kept tensor's name in files with a tensor per expert, where the source has fused ones."""
-        found, wanted = (folder.split(".") for folder in self._moved)
-        segments = name.split(".")
-        layer = next((s for s, f in zip(segments, found, strict=False) if f == "{layer}"), None)
-        if (
-            found == wanted
-            or layer is None
-            or segments[: len(found)] != expand(".".join(found), int(layer) if layer.isdecimal() else -1).split(".")
-        ):
-            return name
-        return ".".join([*expand(".".join(wanted), int(layer)).split("."), *segments[len(found) :]])
+        for found, wanted in self._moved.items():
+            if name.startswith(found):
+                return wanted + name.removeprefix(found)
+        return name
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says of the weights."""
@@ -372,7 +366,8 @@ class LayerWriting(Writing):
         for piece, sources in self._experts.items():
             for layer in dict.fromkeys(source.layer for source in sources):
                 pieces.setdefault(layer, []).append(piece)
-        layers = [Item(tuple(pieces[layer.layer.index]), self._tensors(layer)) for layer in plan.layers]
+        self._planned = {layer.layer.index: self._tensors(layer) for layer in plan.layers}
+        layers = [Item(tuple(pieces[index]), tensors) for index, tensors in self._planned.items()]
         self.items = self._in_order([*self._kept_items(), *layers])
 
     def _tensors(self, layer: LayerPlan) -> tuple[OutputTensor, ...]:
@@ -387,9 +382,16 @@ class LayerWriting(Writing):
         super()._feed(piece, raw)
 
     def _finish(self, layer: int, experts: QuantizedExperts, errors: LayerErrors) -> None:
-        for name, tensor in experts.state_dict().items():
-            self._write(f"{experts.layer.name}.{name}", 0, tensor)
-        self._note_errors(f"{experts.layer.name}.{name}", layer, errors, len(PROJECTIONS) * experts.layer.num_experts)
+        tensors = {f"{experts.layer.name}.{name}": tensor for name, tensor in experts.state_dict().items()}
+        found = {name: (_dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._planned[layer]}:
+            raise SchemeError(
+                f"layer {layer}: a plugin made buffers of its own, which no export can say; load it instead"
+            )
+        for name, tensor in tensors.items():
+            self._write(name, 0, tensor)
+        weights = len(PROJECTIONS) * experts.layer.num_experts
+        self._note_errors(self._planned[layer][0].name, layer, errors, weights)
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says of the weights."""
@@ -430,14 +432,19 @@ def _per_expert_patterns(plan: Plan) -> dict[Projection, str]:
     )
 
 
-def _moved_folder(plan: Plan, patterns: Mapping[Projection, str]) -> tuple[str, str]:
-    """Return the folder of an MoE block in the source's form and in the per-expert one; both alike most often."""
-    wanted = ".".join(folder_of(patterns["down"])[:-1])
+def _moved_folders(plan: Plan, patterns: Mapping[Projection, str]) -> dict[str, str]:
+    """Return what names in an MoE block begin with in the source → in files with a tensor per expert, where it differs.
+
+    Mixtral's fused files call block_sparse_moe mlp.
+    """
+    wanted = ".".join(folder_of(patterns["down"])[:-1]) + "."
     for form in plan.family.descriptor.disk:
         names = {expand(pattern, plan.layers[0].layer.index) for pattern in form.patterns if EXPERT not in pattern}
-        if plan.sources[0].tensor.name in names:
-            return ".".join(folder_of(form.down)[:-1]), wanted
-    return wanted, wanted
+        found = ".".join(folder_of(form.down)[:-1]) + "."
+        if plan.sources[0].tensor.name in names and found != wanted:
+            layers = [layer.layer.index for layer in plan.layers]
+            return {expand(found, layer): expand(wanted, layer) for layer in layers}
+    return {}
 
 
 def _made(plan: Plan, registry: Registry, form: str, shard_bytes: int) -> dict[str, Any]:

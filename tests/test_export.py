@@ -321,6 +321,20 @@ def test_weights_that_a_plugin_transforms_are_exported_in_our_own_form_alone(tin
         api.export(tiny_checkpoint("qwen3_moe"), "int8", tmp_path / "export")
 
 
+def test_buffers_that_a_plugin_makes_itself_are_not_exported(tiny_checkpoint, tmp_path, monkeypatch):
+    from moeplug.pipeline import builder
+
+    made = builder.create_scales
+
+    def with_more(registry, ctx, store):
+        return made(registry, ctx, store) | {"w2_sums": torch.zeros(3)}
+
+    monkeypatch.setattr(builder, "create_scales", with_more)
+    with pytest.raises(SchemeError, match="layer 0: a plugin made buffers of its own, which no export can say"):
+        api.export(tiny_checkpoint("qwen3_moe"), "int8", tmp_path / "export", "moeplug")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_worse_than_the_scheme_accepts_leaves_nothing(tiny_checkpoint, tmp_path):
     text = "api: 1\nname: x\nplugin: int8\nweights: {format: int8}\naccept: {relative_rms: 0.001}\n"
     for form in ("compressed-tensors", "moeplug"):

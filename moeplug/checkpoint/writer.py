@@ -127,6 +127,7 @@ class OutputFile:
         self._partial = path.with_name(path.name + PARTIAL)
         self._descriptor = files.create(self._partial)
         self._offsets: dict[str, int] = {}
+        self._missing = 0
 
     def begin(self, shard: OutputShard) -> None:
         """Write a shard's header; `write` then takes its tensors' names."""
@@ -134,11 +135,13 @@ class OutputFile:
         self.write_at(0, header)
         entries = json.loads(header[LENGTH_BYTES:])
         del entries["__metadata__"]
+        self._missing = sum(tensor.nbytes for tensor in shard.tensors)
         self._offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
 
     def write(self, name: str, start: int, data: bytes | memoryview) -> None:
-        """Write bytes of a tensor, counted from its own begin."""
+        """Write bytes of a tensor, counted from its own begin; each byte of a shard once."""
         self.write_at(self._offsets[name] + start, data)
+        self._missing -= len(data)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of the data; the system may take less than it is given, so give it the rest again."""
@@ -149,6 +152,7 @@ class OutputFile:
 
     def finish(self) -> dict[str, Any]:
         """Sync and name the file; return its size and the sha256 of what can be read back."""
+        assert self._missing == 0, f"{self._path}: {self._missing} bytes of its tensors were not written"
         _repeated(lambda: self._files.fsync(self._descriptor))
         digest, size = _digest(self._descriptor)
         self.close()
