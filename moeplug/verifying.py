@@ -16,7 +16,8 @@ from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.files import counted, listed, read_exactly
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.reader import Checkpoint
-from moeplug.checkpoint.writer import MANIFEST, OutputTensor, in_shards, is_as_recorded, read_manifest
+from moeplug.checkpoint.record import read_record
+from moeplug.checkpoint.writer import MANIFEST, OutputTensor, in_shards, is_as_recorded
 from moeplug.errors import UsageError, VerificationError
 from moeplug.exporting import ExpertWriting, LayerWriting, Writing, form_of, layouts_of
 from moeplug.pipeline import Progress, one_torch_thread, torch_dtype
@@ -57,7 +58,7 @@ def verify(
     Raises VerificationError that lists the differences, CheckpointError where the folder is no export.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_record(folder)
     _refuse(folder, list(_of_files(folder, manifest["files"])))
     export = Checkpoint.open(folder)
     errors: dict[int, LayerErrors] = {}
@@ -68,7 +69,9 @@ def verify(
         made, registry = manifest["made"], registry or Registry.discover()
         comparing = _comparing(_plan_again(source, made, registry, device or torch.device("cpu")), registry, made)
         _refuse(folder, list(_of_tensors([t for item in comparing.items for t in item.tensors], export)))
-        comparing.assign(in_shards([item.tensors for item in comparing.items], made["shard_bytes"]))
+        shards = in_shards([item.tensors for item in comparing.items], made["shard_bytes"])
+        _refuse(folder, [f"{MANIFEST} has no {shard.name}" for shard in shards if shard.name not in manifest["files"]])
+        comparing.assign(shards)
         comparing.compare_with(export)
         with one_torch_thread(torch.device("cpu")), comparing.reader:
             comparing.read_everything(progress or (lambda done, total: None))
@@ -108,13 +111,12 @@ def _of_tensors(expected: Sequence[OutputTensor], export: Checkpoint) -> Iterato
 
 
 def _of_facts(comparing: _Comparing, recorded: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for name, expected in recorded.items():
-        if "errors" in expected:
-            found = comparing.facts(name)
-            if found["source_sha256"] != expected["source_sha256"]:
-                yield f"{name}: the model's weights are not those that it was made from"
-            if found["errors"] != expected["errors"]:
-                yield f"{name}: the errors that {MANIFEST} records are not those that are measured"
+    for name in comparing.shard_names():
+        found, expected = comparing.facts(name), recorded[name]
+        if found["source_sha256"] != expected.get("source_sha256"):
+            yield f"{name}: the model's weights are not those that it was made from"
+        if found["errors"] != expected.get("errors"):
+            yield f"{name}: the errors that {MANIFEST} records are not those that are measured"
 
 
 def _plan_again(source: Checkpoint, made: Mapping[str, Any], registry: Registry, device: torch.device) -> Plan:
@@ -168,6 +170,10 @@ class _Comparing(Writing):
     def compare_with(self, export: Checkpoint) -> None:
         """Begin: every tensor of the export has to be equal."""
         self.reader, self.differences = _Reader(export), list[str]()
+
+    def shard_names(self) -> list[str]:
+        """Return the names of the files with tensors."""
+        return list(self._shards)
 
     def _write(self, name: str, start: int, tensor: Tensor) -> None:
         expected = tensor.contiguous().view(-1).view(torch.uint8).cpu()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from formats import SPECS, scheme_of
 from safetensors.torch import load_file, save_file
 
-from moeplug import CheckpointError, UsageError, VerificationError, api
+from moeplug import CheckpointError, MoeplugError, UsageError, VerificationError, api
 from moeplug.cli import cli
 from moeplug.verifying import verify
 
@@ -153,6 +153,61 @@ def test_recorded_errors_that_are_not_the_measured_ones_are_found(exported, sour
         VerificationError, match=r"the errors that moeplug.json records are not those that are measured"
     ):
         verify(exported, source)
+
+
+def put(path, value):
+    def change(manifest):
+        *parents, last = path
+        for key in parents:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("api",), 2, "is not the manifest of an export, api 1"),
+        (("files",), [], "is not the manifest of an export, api 1"),
+        (("made",), {}, "made.format"),
+        (("made", "scheme", "yaml"), 3, "made.scheme.yaml"),
+        (("made", "scheme", "yaml"), "api: 1", "name"),
+        (("made", "dtypes"), {}, "knows nothing of layer 0"),
+        (("made", "dtypes", "0"), "int8", "made.dtypes.0"),
+        (("made", "shard_bytes"), "many", "made.shard_bytes"),
+        (("files", "../config.json"), {"bytes": 1, "sha256": "0" * 64}, "is no plain file name"),
+        (("files", "model.safetensors", "errors", "0", "worst"), float("nan"), "is not JSON"),
+        (("files", "model.safetensors", "errors", "0", "weights"), 0, "weights"),
+        (("files", "model.safetensors", "errors"), {}, "knows nothing of layer 0|measured"),
+        (("files", "model.safetensors", "sha256"), None, "sha256"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_manifest_that_no_export_wrote_is_refused(originals, source, tmp_path, path, value, message):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+    helpers.edit_json(folder / "moeplug.json", put(path, value))
+    refused = []
+    for read in (lambda: verify(folder, source), lambda: api.load(folder, device="cpu")):
+        try:
+            read()
+        except MoeplugError as error:
+            refused.append(str(error))
+    assert refused
+    assert any(re.search(message, text) for text in refused), refused
+
+
+@pytest.mark.parametrize("said", [b"", b"{}", b"[]", b"\xff", b'{"layout": "x", "version": 1}'])
+def test_a_layout_that_cannot_be_read_is_refused(originals, tmp_path, said):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith("_extra_state")]:
+            tensors[name] = torch.tensor(list(said), dtype=torch.uint8)
+
+    change_tensors(folder, change)
+    with pytest.raises(MoeplugError, match="layer 0|experts: the state has None|scale is missing"):
+        api.load(folder, device="cpu")
 
 
 def test_another_model_is_said_to_be_another(exported, tiny_checkpoint):

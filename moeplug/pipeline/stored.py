@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint, Piece, in_file_order
-from moeplug.checkpoint.writer import MANIFEST, read_manifest
+from moeplug.checkpoint.record import read_record
+from moeplug.checkpoint.writer import MANIFEST
 from moeplug.errors import CheckpointError
 from moeplug.hookspecs import StageContext
 from moeplug.moe.experts import ExpertGroup
@@ -39,19 +40,25 @@ def is_stored(config: Mapping[str, Any]) -> bool:
 
 def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device, *, with_dense: bool) -> Plan:
     """Return the plan of loading an export: its own scheme, with the kernels that serve it on this device."""
-    manifest = read_manifest(checkpoint.path)
-    made = manifest["made"]
+    manifest = read_record(checkpoint.path)
+    made, errors = manifest["made"], recorded_errors(manifest)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     family = find_family(config)
     scheme = Scheme.from_text(made["scheme"]["yaml"], str(checkpoint.path / MANIFEST))
     activate_plugins(scheme, registry, device)
-    layers = [replace(layer, dtype=made["dtypes"][str(layer.index)]) for layer in family.layers(config)]
+    layers = family.layers(config)
+    unknown = [layer.index for layer in layers if str(layer.index) not in made["dtypes"] or layer.index not in errors]
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json has layer {unknown[0]}, and {MANIFEST} knows nothing of it"
+        )
+    layers = [replace(layer, dtype=made["dtypes"][str(layer.index)]) for layer in layers]
     prefixes = tuple(f"{layer.name}.groups." for layer in layers)
     kept = tuple(tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(prefixes))
     if with_dense:
         check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
-    return Plan(checkpoint, family, scheme, device, plans, (), kept, with_dense, stored=recorded_errors(manifest))
+    return Plan(checkpoint, family, scheme, device, plans, (), kept, with_dense, stored=errors)
 
 
 def recorded_errors(manifest: Mapping[str, Any]) -> dict[int, LayerErrors]:
@@ -100,7 +107,13 @@ class StoredGroup:
         """Return the group, filled; SchemeError where what is stored is of another spec."""
         module = self.module
         if self._staged is not None:
-            module.load_state_dict({**self._staged, MEANING: meaning})
+            try:
+                module.load_state_dict({**self._staged, MEANING: meaning})
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                where = f"layer {self._ctx.layer.index}: {MEANING}"
+                raise CheckpointError(
+                    f"{where} does not say how the layer is laid out: {error}; export it again"
+                ) from error
             self._staged = None
         return module
 
