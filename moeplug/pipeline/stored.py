@@ -50,7 +50,7 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
     unknown = [layer.index for layer in layers if str(layer.index) not in made["dtypes"] or layer.index not in errors]
     if unknown:
         raise CheckpointError(
-            f"{checkpoint.path}: config.json has layer {unknown[0]}, and {MANIFEST} knows nothing of it"
+            f"{checkpoint.path}: {MANIFEST} knows nothing of layer {unknown[0]}, which config.json has"
         )
     layers = [replace(layer, dtype=made["dtypes"][str(layer.index)]) for layer in layers]
     prefixes = tuple(f"{layer.name}.groups." for layer in layers)
@@ -109,7 +109,7 @@ class StoredGroup:
         if self._staged is not None:
             try:
                 module.load_state_dict({**self._staged, MEANING: meaning})
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # it is a file's text
                 where = f"layer {self._ctx.layer.index}: {MEANING}"
                 raise CheckpointError(
                     f"{where} does not say how the layer is laid out: {error}; export it again"
