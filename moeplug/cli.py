@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -455,6 +456,44 @@ def _capture(task: Task, run_as: str, ids: Tensor) -> dict[int, Sample]:
         )  # fmt: skip
     with terminal.progress_bar("reading the text", unit="tokens") as progress:
         return mixed.capture(loaded, ids, progress)
+
+
+@cli.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The folder in which moeplug-NAME is made. Default: this one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the folder, its files and the next commands as JSON.")
+def new_plugin(name: str, into: Path, as_json: bool) -> None:
+    """Write a plugin to start from: a distribution moeplug-NAME that installs, loads and passes its tests.
+
+    \b
+    moeplug new-plugin mine
+    cd moeplug-mine
+    pip install -e ".[test]"
+    moeplug load --scheme mine
+    pytest
+
+    It has a pyproject.toml with the entry point, plugin.yaml, hooks.py with a number format, a scheme, the conformance
+    tests and a CI file. NAME is what schemes will say under `plugin:`: a-z, 0-9 and '-'. Nothing is overwritten.
+    """
+    from moeplug.registry import Registry
+    from moeplug.scaffold import new_plugin as write
+
+    registry = Registry.discover()
+    formats = [fmt for manifest in registry.manifests().values() for fmt in manifest.formats]
+    files = write(name, into, {*(plugin.name for plugin in registry.plugins), *formats, *registry.scheme_files()})
+    folder = into / f"moeplug-{name}"
+    commands = [f"cd {shlex.quote(str(folder))}", 'pip install -e ".[test]"', f"moeplug load --scheme {name}", "pytest"]
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "files": [str(f) for f in files], "next": commands}, indent=2))
+        return
+    for file in files:
+        click.echo(file)
+    click.echo("\nNext:\n" + "\n".join(f"  {command}" for command in commands))
 
 
 @cli.command("tune-kernels")

@@ -78,7 +78,7 @@ def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_word_decodes_to_what_the_format_says(name, dtype):
     """The roads that bits take on a GPU; the interpreter's tests see the plain conversions only."""
-    from decode_words import decoded_and_expected
+    from moeplug.testing._decode_words import decoded_and_expected
 
     decoded, expected = decoded_and_expected(FORMATS[name], dtype, "cuda")
     number = ~expected.isnan()  # e4m3 has one NaN, which is never stored
