@@ -18,7 +18,7 @@ from moeplug.hookspecs import StageContext
 from moeplug.kernels.select import Device, KernelRequest, select_kernel
 from moeplug.manifest import check_scheme
 from moeplug.moe.experts import describe
-from moeplug.moe.layout import PROJECTIONS, LayerSpec
+from moeplug.moe.layout import LayerSpec
 from moeplug.pipeline.setup_kernel import device_of
 from moeplug.quantization import CHUNK_ELEMENTS, bytes_of_weight, check_spec
 from moeplug.registry import Plugin, Registry
@@ -45,8 +45,9 @@ class GroupPlan:
     def nbytes(self) -> int:
         """Return the stored bytes of the group, scales included."""
         ctx = self.ctx
-        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *ctx.layer.weight_shape(p)) for p in PROJECTIONS]
-        return len(ctx.experts) * sum(sizes)
+        shapes = {p: ctx.layer.weight_shape(p) for p in ctx.layer.projections}
+        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *shape) for p, shape in shapes.items()]
+        return len(ctx.experts) * (sum(sizes) + bytes_of_biases(ctx.layer))
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class LayerPlan:
     def bytes_before(self) -> int:
         """Return the bytes of the layer's expert weights in the checkpoint's dtype."""
         layer = self.layer
-        return 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        weights = len(layer.projections) * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        return layer.num_experts * (weights + bytes_of_biases(layer))
 
     @property
     def bytes_after(self) -> int:
@@ -133,7 +135,7 @@ class Plan:
     def _largest_row_of_blocks(self) -> int:
         """The most weights in rows that share scales: a chunk of scratch holds all of them."""
         contexts = [group.ctx for layer in self.layers for group in layer.groups]
-        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in PROJECTIONS]
+        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in ctx.layer.projections]
         return max((spec.scale_rows * K for spec, K in specs if spec is not None), default=0)
 
     @property
@@ -280,7 +282,7 @@ def _plan_group(
         activation_format=None if inputs is None else registry.format(inputs.format),
         intermediate_format=None if between is None else registry.format(between.format),
     )
-    for projection in PROJECTIONS:
+    for projection in layer.projections:
         spec = down if projection == "down" else gate_up
         fmt = request.down_format if projection == "down" else request.gate_up_format
         if spec is not None:
@@ -326,6 +328,11 @@ def dtype_of(layer: LayerSpec) -> torch.dtype:
     """Return the torch dtype of a layer's weights in the checkpoint."""
     dtype: torch.dtype = getattr(torch, layer.dtype)
     return dtype
+
+
+def bytes_of_biases(layer: LayerSpec) -> int:
+    """Return the bytes of one expert's biases; they stay as the checkpoint has them."""
+    return (layer.w13_rows + layer.hidden_size) * dtype_of(layer).itemsize if layer.bias else 0
 
 
 def ranges(numbers: Sequence[int]) -> str:
