@@ -104,7 +104,10 @@ class _Job:
             builder = self._builder(source.layer)
             origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
             weight = source.weight_of(raw.view(dtype))
-            builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
+            if source.of_bias:
+                builder.feed_bias(source.projection, (source.expert,), weight.T, origin)
+            else:
+                builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
             if builder.complete:
                 self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
                 del self._open[source.layer]

@@ -177,10 +177,11 @@ def plan_model(
     for layer in family.layers(checkpoint.config):
         found = family.locate(layer, checkpoint.tensors)
         # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
-        layers.append(replace(layer, dtype=TORCH_DTYPES[found[0].tensor.dtype]))
+        dtype, bias = TORCH_DTYPES[found[0].tensor.dtype], any(source.of_bias for source in found)
+        layers.append(replace(layer, dtype=dtype, bias=bias))
         sources.extend(found)
     check_overrides(scheme, layers)
-    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources}, checkpoint.config)
     if with_dense:
         _check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
