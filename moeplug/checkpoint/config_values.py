@@ -56,6 +56,9 @@ def integer(config: Mapping[str, Any], source: int | ConfigInteger, what: str, l
     if source.instead is not None and value_at(config, source.instead) is not None:
         source = ConfigInteger(key=source.instead)
     expected = f"the {what}, a whole number from {least:,} to {MAX_SIZE:,}"
+    lengths = [len(found) for key in source.length_of if isinstance(found := value_at(config, key), list | str)]
+    if lengths:
+        source = source.model_copy(update={"default": lengths[0]})
     value = _lookup(config, source, expected)
     if isinstance(value, list) and layer < len(value):
         value = value[layer]

@@ -85,12 +85,14 @@ class ConfigInteger(Strict):
     """An integer of config.json, or a list with one for each layer.
 
     Of several keys (old and new names) the one that is there counts; a dotted key leads into an inner object.
-    instead: a key that counts in their place where it is there and not null.
+    instead: a key that counts in their place where it is there and not null. length_of: keys of lists or texts whose
+    length counts where no other key is there.
     """
 
     key: Keys
     default: StrictInt | None = None
     instead: Name | None = None
+    length_of: list[Name] = Field(default_factory=list)
 
 
 class ConfigIntegers(Strict):

@@ -41,6 +41,7 @@ TINY: Final[dict[str, Any]] = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "qk_head_dim": 48, "v_head_dim": 16,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "top_k_experts": 3,
     "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "max_position_embeddings": 128, "sliding_window": 16,
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 TINY_VISION: Final[dict[str, Any]] = {
@@ -101,7 +102,7 @@ def tiny_model(family: Family, model_type: str) -> Any:
         model = auto_class(config).from_config(config, dtype=torch.float32)
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                size = 3 * tensor.shape[-1] ** -0.5 if _is_of_experts(name) and tensor.dim() > 1 else 0.05
+                size = 6 * tensor.shape[-1] ** -0.5 if _is_of_experts(name) and tensor.dim() > 1 else 0.05
                 tensor.add_(torch.randn(tensor.shape) * size)
     return model.eval().requires_grad_(False)
 
