@@ -24,6 +24,7 @@ from rich.text import Text
 from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
+    from moeplug.checkpoint.family import Family
     from moeplug.pipeline import Plan, Report
     from moeplug.registry import Registry
     from moeplug.scheme import Scheme
@@ -179,10 +180,20 @@ def print_plugins(registry: Registry) -> None:
         shown = plugin.as_dict()
         described = f"  {plugin.state}  {plugin.distribution} {plugin.version}"
         console.print(Text.assemble((plugin.name, "bold"), described), soft_wrap=True)
-        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "capabilities")]
+        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "families", "capabilities")]
         for name, value in [("reason", plugin.reason), *lists, ("path", str(plugin.path))]:
             if value:
                 console.print(f"  {name:12}  {value}", soft_wrap=True)
+
+
+def print_families(families: Sequence[Family]) -> None:
+    """Print a line per family: name, who ships it, the model types that it serves."""
+    console = out()
+    name_width, origin_width = (max(len(getattr(f, key)) for f in families) for key in ("name", "origin"))
+    for family in families:
+        unproven = ", unproven" if family.descriptor.unproven else ""
+        line = f"{family.name:{name_width}}  {family.origin:{origin_width}}  {', '.join(family.model_types)}{unproven}"
+        console.print(line, soft_wrap=True)
 
 
 def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:

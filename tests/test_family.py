@@ -230,10 +230,10 @@ def test_a_config_without_a_model_type_is_refused(config: dict[str, Any]) -> Non
 
 def test_a_family_of_a_plugin_is_found_and_cannot_take_anothers_model_type(tmp_path: Path) -> None:
     mine = family_of(tmp_path)
-    assert find_family({"model_type": "mine"}, extra=[mine]) is mine
+    assert find_family({"model_type": "mine"}, families=[mine]) is mine
     thief = family_of(tmp_path, DESCRIPTOR.replace("[mine]", "[mixtral]"), "thief")
     with pytest.raises(CheckpointError, match=r"mixtral\.yaml and .*thief\.yaml"):
-        find_family({"model_type": "mixtral"}, extra=[thief])
+        find_family({"model_type": "mixtral"}, families=[*known_families(), thief])
 
 
 # Which layers, and which sizes

@@ -220,12 +220,17 @@ class Family:
         return found
 
 
-def find_family(config: Mapping[str, Any], extra: Iterable[Family] = ()) -> Family:
-    """Return the family of a config.json, by its model_type. extra: families that plugins brought.
+class UnknownModelType(CheckpointError):
+    """No family serves a config.json's model_type."""
 
-    Raises CheckpointError where the type is missing or unknown, or two families claim it.
+
+def find_family(config: Mapping[str, Any], families: Iterable[Family] | None = None) -> Family:
+    """Return the family of a config.json, by its model_type. families: to choose from; None: moeplug's own.
+
+    Raises UnknownModelType where no family serves it, CheckpointError where it is missing, two families claim it, or
+    the one that does is a draft that nobody proved.
     """
-    families = [*known_families(), *extra]
+    families = list(known_families() if families is None else families)
     types = sorted({model_type for family in families for model_type in family.model_types})
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -239,7 +244,15 @@ def find_family(config: Mapping[str, Any], extra: Iterable[Family] = ()) -> Fami
         )
     if not matching:
         known = f"known: {', '.join(types)}{did_you_mean(model_type, types)}"
-        raise CheckpointError(f"config.json: model_type {shown(model_type)} is not known; {known}")
+        raise UnknownModelType(
+            f"config.json: model_type {shown(model_type)} is not known; {known}. `moeplug plan MODEL` drafts a "
+            "descriptor from the tensors' names; --family FILE|NAME says which one to use"
+        )
+    if matching[0].descriptor.unproven:
+        raise CheckpointError(
+            f"{matching[0].source}: the descriptor of model_type {shown(model_type)} says `unproven: true`; prove it "
+            f"with `moeplug family-check {model_type}` and delete that line, or name it with --family"
+        )
     return matching[0]
 
 

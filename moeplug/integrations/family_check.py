@@ -8,9 +8,8 @@ Shapes prove nothing: gate and up look alike, and so may a matrix and its transp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,14 @@ from moeplug.checkpoint.descriptor import Descriptor, DiskForm
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.errors import MoeplugError, UsageError
-from moeplug.integrations.transformers import TransformersExperts, auto_class, finish_model, prepare_model, transformers
+from moeplug.integrations.transformers import (
+    TransformersExperts,
+    auto_class,
+    finish_model,
+    prepare_model,
+    quiet,
+    transformers,
+)
 from moeplug.pipeline import plan_model, run
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
@@ -70,6 +76,10 @@ class Proof:
         """Return whether the numbers agree."""
         return self.error is not None and self.error <= LARGEST_ERROR
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `moeplug family-check --json` prints."""
+        return {**asdict(self), "holds": self.holds}
+
     def describe(self) -> str:
         """Return one line for people."""
         label = f"family '{self.family}', {self.model_type}, transformers {self.transformers}"
@@ -109,17 +119,25 @@ def tiny_model(family: Family, model_type: str) -> Any:
 
 def prove(family: Family, model_type: str, folder: Path) -> Proof:
     """Build the tiny model in an empty folder, load it under `weights: null`, and compare the logits in float32."""
-    model = tiny_model(family, model_type)
-    save(model, folder)
-    proof = Proof(family.name, model_type, transformers.__version__, None, 0)
-    expected = logits(model)
+    with quiet():
+        model = tiny_model(family, model_type)
+        save(model, folder)
+        expected = logits(model)
+        proof = _compared(family, folder, expected, Proof(family.name, model_type, transformers.__version__, None, 0))
+        return proof if proof.holds else replace(proof, hint=_hint(family, folder, expected) or proof.hint)
+
+
+def _compared(family: Family, folder: Path, expected: Tensor, proof: Proof) -> Proof:
+    """Return the proof with the error that a family's reading of the folder gives, or with what ended it."""
     try:
         loaded = load_plain(family, folder)
+        layers = sum(isinstance(module, TransformersExperts) for module in loaded.modules())
+        return replace(proof, error=relative_error(logits(loaded), expected), layers=layers)
     except MoeplugError as error:
-        return replace(proof, hint=_hint(family, folder, expected) or str(error))
-    layers = sum(isinstance(module, TransformersExperts) for module in loaded.modules())
-    proof = replace(proof, error=relative_error(logits(loaded), expected), layers=layers)
-    return proof if proof.holds else replace(proof, hint=_hint(family, folder, expected))
+        return replace(proof, hint=str(error))
+    except (TypeError, RuntimeError) as error:  # upstream's block and such experts do not fit each other
+        reason = f"{type(error).__name__}: {error}; if upstream's block calls its experts in another way, say `block`"
+        return replace(proof, hint=reason)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -173,11 +191,8 @@ def _is_of_experts(name: str) -> bool:
 def _hint(family: Family, folder: Path, expected: Tensor) -> str:
     """Return what would make the numbers agree, found by trying it; empty where no single change does."""
     for what, descriptor in _variants(family.descriptor):
-        try:
-            error = relative_error(logits(load_plain(replace(family, descriptor=descriptor), folder)), expected)
-        except MoeplugError:
-            continue
-        if error <= LARGEST_ERROR:
+        proof = Proof(family.name, "", transformers.__version__, None, 0)
+        if _compared(replace(family, descriptor=descriptor), folder, expected, proof).holds:
             return f"it agrees with {what}"
     return ""
 
@@ -212,9 +227,3 @@ def _interleaved(form: DiskForm) -> DiskForm:
 
 def _transposed(form: DiskForm) -> DiskForm:
     return form.model_copy(update={"transposed": form.transposed is False}) if form.stacked else form
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return what transformers wrote as config.json."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config

@@ -116,7 +116,7 @@ def finish_model(
 def meta_model(path: Path) -> Any:
     """Return the model that config.json describes, all of it on the meta device. No remote code is ever run."""
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 model = auto_class(config).from_config(config, dtype=config.dtype or torch.bfloat16)
@@ -133,7 +133,7 @@ def meta_model(path: Path) -> Any:
 
 def reference_model(path: Path, device: torch.device) -> Any:
     """Return the unquantized model as transformers itself loads it, in the checkpoint's dtype."""
-    with _quiet():
+    with quiet():
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model = auto_class(config).from_pretrained(path, local_files_only=True, dtype="auto")
     return model.to(device).eval()
@@ -148,7 +148,7 @@ def auto_class(config: Any) -> Any:
 def tokenizer_of(path: Path) -> Any:
     """Return the checkpoint's tokenizer."""
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as in meta_model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
@@ -231,7 +231,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own log lines off the terminal; its errors still come as exceptions."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
