@@ -119,7 +119,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option(
             "--family", metavar="FILE|NAME",
-            help="A family descriptor (with a / or .yaml), or a known family's name. Default: by config.json's model_type.",
+            help="A family descriptor (with a / or .yaml), or a known family. Default: by config.json's model_type.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."),
         plugin_options,
@@ -140,8 +140,8 @@ def model_options(command: Command) -> Command:
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,
-    report: Path | None, observe: tuple[str, ...],
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    text: Path | None, report: Path | None, observe: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Load MODEL, quantizing its experts while reading, and say what was done.
 
@@ -188,7 +188,8 @@ def load(
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
 def generate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, temperature: float,
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    temperature: float,
 ) -> None:  # fmt: skip
     """Load MODEL and continue text: asks for prompts until Ctrl-D, or reads one per line from a pipe."""
     from moeplug import api, evaluation, terminal

@@ -106,7 +106,9 @@ def fake_quantized(made: Tiny, target):
     """Return a copy of the checkpoint whose experts are what their int8 form decodes to, in float32."""
     shutil.copytree(made.folder, target, dirs_exist_ok=True)
     checkpoint = Checkpoint.open(made.folder)
-    sources = [s for layer in made.family.layers(checkpoint.config) for s in made.family.locate(layer, checkpoint.tensors)]
+    sources = [
+        s for layer in made.family.layers(checkpoint.config) for s in made.family.locate(layer, checkpoint.tensors)
+    ]
     registry = Registry.discover()
     registry.activate("int8", "a test")
     spec, fmt = WeightSpec(format="int8"), registry.format("int8")

@@ -270,7 +270,9 @@ def test_a_size_may_be_a_list_with_one_for_each_layer(tmp_path: Path) -> None:
 
 
 def test_an_inner_object_and_dotted_keys_are_read(tmp_path: Path) -> None:
-    text = DESCRIPTOR.replace("sizes:", "section: text_config\nsizes:").replace("{key: hidden_size}", "{key: ffn.width}")
+    text = DESCRIPTOR.replace("sizes:", "section: text_config\nsizes:").replace(
+        "{key: hidden_size}", "{key: ffn.width}"
+    )
     text = text.replace("{key: num_hidden_layers}", "{key: depth, length_of: [kinds]}")
     inner = {"ffn": {"width": 8}, "kinds": ["a"] * 3, "num_local_experts": 4, "num_experts_per_tok": 2}
     layers = family_of(tmp_path, text).layers({"model_type": "mine", "text_config": inner, "intermediate_size": 16})
@@ -499,7 +501,7 @@ BAD_DESCRIPTORS: dict[str, tuple[str, str, str]] = {
     "a_gate_but_not_gated": ("activation: silu", "activation: silu\ngated: false", "has a gate"),
     "bias_of_other_parts": (
         "mlp.experts.down_proj\n",
-        "mlp.experts.down_proj\n    bias: {up: \"a.{layer}.b\", down: \"a.{layer}.c\"}\n",
+        'mlp.experts.down_proj\n    bias: {up: "a.{layer}.b", down: "a.{layer}.c"}\n',
         "expected the keys of the weights, gate_up, down",
     ),
     "interleaved_without_both": (

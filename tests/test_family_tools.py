@@ -76,7 +76,9 @@ def install(site: Path, monkeypatch, text: str, **more: str) -> None:
 
 def same_layers(one: moeplug.Loaded, other: moeplug.Loaded) -> bool:
     states = [{i: layer.state_dict() for i, layer in loaded.layers.items()} for loaded in (one, other)]
-    return all(torch.equal(tensor, states[1][i][name]) for i, state in states[0].items() for name, tensor in state.items())
+    return all(
+        torch.equal(tensor, states[1][i][name]) for i, state in states[0].items() for name, tensor in state.items()
+    )
 
 
 def test_a_family_of_a_file_and_of_a_plugin_load_as_a_built_in_one_does(

@@ -198,7 +198,7 @@ class Family:
         )
 
     def experts_paths(self, layer: int) -> tuple[str, ...]:
-        """Return the paths where a transformers model may have a layer's experts module; the first that it has counts."""
+        """Return where a transformers model may have a layer's experts module; the first path that it has counts."""
         paths = self.descriptor.transformers.experts
         return tuple(expand(path, layer) for path in ([paths] if isinstance(paths, str) else paths))
 

@@ -27,7 +27,9 @@ PARTS: Final[Mapping[str, str]] = {
 SIZES: Final[Mapping[str, Sequence[str]]] = {
     "layers": ("num_hidden_layers", "n_layers", "num_layers"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    "experts_per_token": (
+        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"
+    ),
     "hidden": ("hidden_size", "d_model"),
     "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size"),
 }  # fmt: skip
@@ -63,8 +65,9 @@ def draft(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str |
     return HEADER + yaml.safe_dump(data, sort_keys=False, width=120)
 
 
-HEADER: Final = """# A draft, made from tensor names and config.json. Unproven: gate and up, interleaving, transposition, the activation and
-# the routing rule are guesses. Prove it: moeplug family-check MODEL_TYPE --family FILE; then delete `unproven`.
+HEADER: Final = """\
+# A draft, made from tensor names and config.json. Unproven: gate and up, interleaving, transposition, the activation
+# and the routing rule are guesses. Prove it: moeplug family-check MODEL_TYPE --family FILE; then delete `unproven`.
 """
 
 

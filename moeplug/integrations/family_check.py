@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor
 
 from moeplug.checkpoint.descriptor import Descriptor, DiskForm
@@ -26,7 +27,6 @@ from moeplug.integrations.transformers import (
     finish_model,
     prepare_model,
     quiet,
-    transformers,
 )
 from moeplug.pipeline import plan_model, run
 from moeplug.registry import Registry
@@ -102,7 +102,7 @@ def tiny_config(family: Family, model_type: str) -> Any:
 
 
 def tiny_model(family: Family, model_type: str) -> Any:
-    """Return a random float32 model, eval mode, always the same; also what upstream initialises to a constant is random.
+    """Return a random float32 model, eval mode, always the same; what upstream sets to a constant is random too.
 
     Experts' weights are larger than usual, so that clamps and activations leave their straight parts.
     """

@@ -44,7 +44,9 @@ class TransformersExperts(QuantizedExperts):
 
 
 class RoutedBlock(nn.Module):
-    """An MoE block in the place of one whose own forward cannot call such experts: routed, then the shared expert added.
+    """An MoE block in the place of one whose own forward cannot call such experts.
+
+    Tokens are routed, and the shared expert is added.
 
     The router, a linear layer, and the shared expert are the model's own, under their own names.
     """
@@ -61,7 +63,7 @@ class RoutedBlock(nn.Module):
         router = self.get_submodule(self._names.router)
         logits = F.linear(hidden, router.weight, router.bias)  # type: ignore[arg-type]
         weights, ids = route(logits, self._spec)
-        out: Tensor = self.experts(hidden, ids, weights)
+        out = self.get_submodule("experts")(hidden, ids, weights)
         if self._names.shared is not None:
             out = out + self.get_submodule(self._names.shared)(hidden)
         return (out, logits) if self._names.returns_logits else out

@@ -497,7 +497,7 @@ def experts_kernel(
     ids_ptr, stride_im, stride_it,                    # (M, T)      int32 or int64; read if PAIRS
     pairs_ptr,                                        # (P,)        int32, pairs sorted by expert; read unless PAIRS
     table_ptr,                                        # (num_blocks, 4) int32: expert, first row, end; unless PAIRS
-    out_ptr, stride_om,                               # (P, N / 2) h, (P, N) ungated, or (SPLIT_K, P, N) partial, written
+    out_ptr, stride_om,                               # (P, N / 2) h, ungated (P, N), or (SPLIT_K, P, N) partial
     out_scale_ptr,                                    # (P, N / 2 / OUT_GROUP) float32, or None: h is not quantized here
     alpha, limit, offset,                             # of the activation
     T, P, E, N, K, num_blocks, tiles_n, GROUP_M,
@@ -577,9 +577,9 @@ def experts_kernel(
             scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
             topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
             T, P, N, K, e, pairs_ptr, first_row, count, None, None, offs_n, tile_n,
-            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES,
-            EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K,
-            SWAP, TMA, DRAIN, DOT_DTYPE, decode,
+            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE,
+            E8M0, PLACES, EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
         )  # fmt: skip
     else:
         _block_of_pairs(
@@ -587,9 +587,9 @@ def experts_kernel(
             scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
             topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
             T, P, N, K, e, pairs_ptr, first_row, count, None, None, offs_n, tile_n,
-            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES,
-            EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SWAP,
-            TMA, DRAIN, DOT_DTYPE, decode,
+            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE,
+            E8M0, PLACES, EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
         )  # fmt: skip
 
 
@@ -599,9 +599,10 @@ def _block_of_pairs(
     scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
     topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
     T, P, N, K, e, pairs_ptr, first_row, count, pair, row_mask, offs_n, tile_n,
-    GATE_UP: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROUTER_WEIGHT: tl.constexpr, GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    E8M0: tl.constexpr, PLACES: tl.constexpr, EXPONENT: tl.constexpr, BYTES: tl.constexpr, OUT_GROUP: tl.constexpr,
+    GATE_UP: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROUTER_WEIGHT: tl.constexpr,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr, E8M0: tl.constexpr, PLACES: tl.constexpr, EXPONENT: tl.constexpr,
+    BYTES: tl.constexpr, OUT_GROUP: tl.constexpr,
     HIDDEN_DTYPE: tl.constexpr, MAX_VALUE: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     DRAIN: tl.constexpr, DOT_DTYPE: tl.constexpr, decode: tl.constexpr,

@@ -29,7 +29,8 @@ def route(
     """Return (topk_weights (M, T) float32, topk_ids (M, T) int32) of logits (M, E), greatest choice first.
 
     logits: bfloat16, float16 or float32, any strides, E up to 1024. bias: (E,) float, for the choice only.
-    expert_scale: (E,) float, what each expert's weights are multiplied by last. Inference only. Raises UsageError where they do not fit each other or spec.
+    expert_scale: (E,) float, what each expert's weights are multiplied by last. Inference only.
+    Raises UsageError where they do not fit each other or spec.
     """
     check_route(logits, spec, bias)
     if torch.is_grad_enabled() and logits.requires_grad:

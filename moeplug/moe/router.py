@@ -12,8 +12,8 @@ The numbers, for one token's logits (E,), all in float32 whatever the logits' dt
               greater, if renormalize (norm p: by their p-norm instead of their sum); * scaling_factor;
               * expert_scale[ids] where there is one
 
-Score "sparsemixer" is a rule of its own: expert after expert, the greatest logit is taken, and its weight is its softmax
-among those left that are near it: (greatest - logit) / max(|logit|, greatest) <= 2 * jitter.
+Score "sparsemixer" is a rule of its own: expert after expert, the greatest logit is taken, and its weight is its
+softmax among those left that are near it: (greatest - logit) / max(|logit|, greatest) <= 2 * jitter.
 
 Equal choices: the lowest expert id first, and the lowest group. A NaN counts as greater than all numbers, as in
 torch.topk: it is chosen, its weight is NaN (with softmax all weights of its token), and so nothing hides it. Infinities
@@ -76,7 +76,9 @@ class RouterSpec:
         if not (self.epsilon >= 0 and math.isfinite(self.epsilon)) or (self.epsilon and not self.renormalize):
             raise UsageError(f"epsilon={self.epsilon}; expected a finite number from 0 on, and 0 without renormalize")
         if not (self.least_sum >= 0 and math.isfinite(self.least_sum)) or (self.least_sum and not self.renormalize):
-            raise UsageError(f"least_sum={self.least_sum}; expected a finite number from 0 on, and 0 without renormalize")
+            raise UsageError(
+                f"least_sum={self.least_sum}; expected a finite number from 0 on, and 0 without renormalize"
+            )
         if not self.norm > 0:
             raise UsageError(f"norm={self.norm}; expected a number above 0: 1 divides by the sum")
         if self.score == "sparsemixer" and (self.renormalize or self.n_group > 1 or not self.jitter > 0):
@@ -162,7 +164,7 @@ def _chosen(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tens
 def _sparsemixer(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     ids = _descending(logits)[:, : spec.top_k]
     left, weights = logits, []
-    for chosen in ids.split(1, dim=1):
+    for chosen in torch.split(ids, 1, dim=1):
         greatest = left.gather(1, chosen)
         far = (greatest - logits) / torch.maximum(logits.abs(), greatest) > 2 * spec.jitter
         weights.append(left.masked_fill(far, -math.inf).softmax(1).gather(1, chosen))

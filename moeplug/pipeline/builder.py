@@ -103,7 +103,10 @@ class LayerBuilder:
     def finish(self, module_class: ModuleClass = QuantizedExperts) -> tuple[QuantizedExperts, LayerErrors]:
         """Return the finished module and its errors; raise if a weight is missing or `accept:` says no."""
         missing = [
-            f"expert {e}, {p}" for e in range(self._layer.num_experts) for p in self._expected if (e, p) not in self._came
+            f"expert {e}, {p}"
+            for e in range(self._layer.num_experts)
+            for p in self._expected
+            if (e, p) not in self._came
         ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
