@@ -262,15 +262,35 @@ def _draft_family(model: Path | None, error: MoeplugError) -> NoReturn:
 @model_options
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file. Default with the demo: its own.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only the first tokens of the text.")
+@click.option(
+    "--lm-eval", "tasks", multiple=True, metavar="TASK",
+    help="Run a task of the lm-evaluation-harness instead: its YAML file, or a name. May be repeated.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use only so many examples of each task.")
 def evaluate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     family: str | None, as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
+    tasks: tuple[str, ...], limit: int | None,
 ) -> None:  # fmt: skip
-    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement."""
+    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement.
+
+    With --lm-eval: the scores of tasks of EleutherAI's lm-evaluation-harness, unquantized and under the scheme.
+    """
     from moeplug import api, terminal
 
     if dummy or runtime == "none":
         raise UsageError("eval needs a whole model: without --dummy, with --runtime transformers")
+    if tasks and (text is not None or max_tokens is not None):
+        raise UsageError("--text and --max-tokens measure perplexity, --lm-eval runs tasks; give one or the other")
+    if limit is not None and not tasks:
+        raise UsageError("--limit is for the tasks of --lm-eval; --max-tokens shortens a text")
+    if tasks:
+        planned, result = _run_tasks(model, scheme, device, budget, family, tasks, limit, _registry(disable))
+        if as_json:
+            terminal.print_json({"scheme": planned.scheme.name, **result})
+        else:
+            terminal.print_task_scores(planned.scheme.name, result)
+        return
     if text is None:
         if model is not None:
             raise UsageError("eval needs --text FILE: the text to predict")
@@ -612,6 +632,26 @@ def _evaluate(loaded: Loaded, inputs: Inputs) -> dict[str, Any]:
     with terminal.progress_bar("perplexity, unquantized", unit="tokens") as progress:
         score = evaluation.score_text(reference, inputs.ids, progress)
     return {"text": str(inputs.text), **evaluation.compare(score, scheme)}
+
+
+def _run_tasks(
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, family: str | None,
+    tasks: tuple[str, ...], limit: int | None, registry: Registry,
+) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
+    """Return the plan and {"scheme_scores", "reference_scores"} of the harness's tasks."""
+    from moeplug import api, evaluation
+    from moeplug.integrations import lm_eval
+    from moeplug.integrations.transformers import reference_model
+
+    found = lm_eval.Tasks(tasks)
+    plan = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
+    tokenizer = evaluation.load_tokenizer(plan.checkpoint.path)
+    loaded = _execute(plan, registry, "transformers", "loading")
+    scores = found.scores(loaded.model, tokenizer, limit)
+    reference = found.scores(reference_model(plan.checkpoint.path, plan.device), tokenizer, limit)
+    return plan, {"scheme_scores": scores, "reference_scores": reference}
 
 
 class Terminated(BaseException):

@@ -158,6 +158,17 @@ def print_plan(plan: Plan) -> None:
     )
 
 
+def print_task_scores(scheme: str, result: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print a line per task and metric: unquantized, under the scheme, and the difference."""
+    console = out()
+    table = _table("task", "metric", "unquantized", scheme, "difference")
+    for task, reference in result["reference_scores"].items():
+        for metric, value in reference.items():
+            found = result["scheme_scores"][task][metric]
+            table.add_row(task, metric, f"{value:.4f}", f"{found:.4f}", f"{found - value:+.4f}")
+    console.print(table)
+
+
 def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
     """Print what `eval` measured."""
     console = out()

@@ -5,6 +5,7 @@ A descriptor without a proof fails here, because the tests run over the folder o
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -250,3 +251,43 @@ def test_images_are_seen_by_a_model_that_has_them(tiny):
     assert auto_class(made.model.config) is transformers.AutoModelForImageTextToText
     assert find_family(Checkpoint.open(made.folder).config) == made.family
     assert any(isinstance(m, QuantizedExperts) for m in family_check.load_plain(made.family, made.folder).modules())
+
+
+# Jamba-Mini 1.7, in its real shapes
+
+
+JAMBA_MINI = {
+    "model_type": "jamba", "num_hidden_layers": 32, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 4096,
+    "intermediate_size": 14336, "hidden_act": "silu", "expert_layer_period": 2, "expert_layer_offset": 1,
+    "attn_layer_period": 8, "attn_layer_offset": 4, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def write_config(folder, **config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_jamba_mini_is_planned_with_its_layer_pattern_and_real_shapes(tmp_path):
+    planned = moeplug.plan(write_config(tmp_path, **JAMBA_MINI), "int8", device="cpu", dummy=True)
+    assert [layer.layer.index for layer in planned.layers] == list(range(1, 32, 2))
+    weights = 16 * 3 * 4096 * 14336
+    assert planned.expert_bytes_before == 16 * 2 * weights
+    assert planned.expert_bytes_after == 16 * (weights + 16 * 4 * (2 * 14336 + 4096))
+
+
+@pytest.mark.slow
+def test_one_moe_layer_of_jamba_mini_loads_and_runs(tmp_path):
+    folder = write_config(tmp_path, **JAMBA_MINI | {"num_hidden_layers": 2})
+    loaded = moeplug.load(folder, "int8", device="cpu", dummy=True)
+    assert list(loaded.layers) == [1]
+    layer = loaded.layers[1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 4096, generator=generator).bfloat16()
+    ids = torch.stack([torch.randperm(16, generator=generator)[:2] for _ in range(5)])
+    out = layer(hidden, torch.full((5, 2), 0.5), ids)
+    assert out.shape == hidden.shape
+    # Weights have a standard deviation of 0.02, so gate and up have 1.3, h about 1, and down's sum over 14336 about 2.
+    assert 0.5 < float(out.float().std()) < 4
+    again = layer(hidden[:1], torch.full((1, 2), 0.5), ids[:1])
+    torch.testing.assert_close(again.float(), out[:1].float(), atol=0.02, rtol=0.02)
