@@ -225,3 +225,10 @@ def test_a_kernel_that_knows_no_experts_without_a_gate_is_not_chosen(tmp_path):
 
 def test_without_plugins_the_families_are_moeplugs_own():
     assert Registry([]).families() == list(known_families())
+
+
+def test_the_page_about_families_names_every_family():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    named = [name.strip() for row in rows[1:] for name in row.split(",")]
+    assert sorted(named) == sorted(t for family in known_families() for t in family.model_types)
