@@ -148,7 +148,7 @@ class StoredWeights(Sequence[ExpertWeights]):
         global_scale = part("global_scale")
         scales = Scales(
             part("scale"), part("zero_point"), None if global_scale is None else global_scale.unsqueeze(2),
-            spec.block_structure if spec else None,
+            spec.ragged_block if spec else None,
         )  # fmt: skip
         return dequantize(stored, scales, group.ctx.format(projection))[0]
 

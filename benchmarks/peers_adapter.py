@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from formats import SPECS, registry, scheme_of
+from formats import SPECS, scheme_of
 
 import moeplug
 from moeplug.kernels import tune
@@ -67,7 +67,7 @@ class Contestant:
 
 def make(scheme: str, w13: Tensor, w2: Tensor) -> Contestant:
     """Return the experts of w13 (E, 2I, H), gate rows then up rows, and w2 (E, H, I) under one of SCHEMES."""
-    experts = moeplug.quantize_experts(w13, w2, _scheme(scheme), registry=registry())
+    experts = moeplug.quantize_experts(w13, w2, _scheme(scheme))
     return Contestant(torch.no_grad()(experts) if w13.device.type == "cpu" else experts.groups[0].bound())
 
 

@@ -1,14 +1,15 @@
 """What a number format is: how a scaled weight becomes a stored one, and back.
 
 A format knows nothing of granularity, symmetry or scale types: those are the core's (`moeplug.quantization`) and go
-with every format. Plugins register formats; the core brings only the unquantized one.
+with every format. Plugins register formats; the core brings only the unquantized one, and base classes for what several
+plugins share: two codes in a byte, and the small floats that the industry agreed on.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -70,12 +71,79 @@ class NumberFormat(ABC):
         place in a word. DTYPE is the triton type that will be multiplied; values may be of any type that converts to
         it exactly, the core casts them. Where rows are no whole words, the core gives single bytes as words and takes
         the first tile. It applies zero point and scale itself. `moeplug.kernels` has decode_int8, decode_int4,
-        decode_e4m3, decode_e2m1 and decode_nf4.
+        decode_e4m3 and decode_e2m1.
         """
         return None
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"
+
+
+class Nibbles(NumberFormat):
+    """Two codes of four bits in a byte: neighbours, the first in the low nibble. Subclasses say what codes mean."""
+
+    storage_dtype = torch.uint8
+    bits = 4
+    values_per_element = 2
+
+    def pack(self, codes: Tensor, out: Tensor) -> None:
+        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
+        codes = codes.to(torch.uint8)
+        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
+
+    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
+        values = values.to(out.device)
+        out[..., 0::2] = values[(stored & 15).int()]
+        out[..., 1::2] = values[(stored >> 4).int()]
+
+
+class E4m3(NumberFormat):
+    """Floats of 8 bits with 4 of exponent and 3 of mantissa, no infinities; the largest is 448 (OCP OFP8)."""
+
+    storage_dtype = torch.uint8
+    bits = 8
+    max_value = 448.0
+    native = torch.float8_e4m3fn
+    exact_in = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+    compressed_tensors = {"num_bits": 8, "type": "float"}  # noqa: RUF012
+
+    def encode(self, scaled: Tensor, out: Tensor) -> None:
+        out.copy_(scaled.to(torch.float8_e4m3fn).view(torch.uint8))
+
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        out.copy_(stored.view(torch.float8_e4m3fn))
+
+    def triton_decode(self) -> Any:
+        from moeplug.kernels import decode_e4m3
+
+        return decode_e4m3
+
+
+E2M1_VALUES: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by code
+_MIDDLES: Final = (E2M1_VALUES[1:8] + E2M1_VALUES[:7]) / 2
+# A value in the middle goes to the even code: up from codes 1, 3 and 5, so those limits lie just below the middle.
+_E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
+
+
+class E2m1(Nibbles):
+    """Floats of 4 bits: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even code (OCP MX v1.0)."""
+
+    max_value = 6.0
+    exact_in = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+    compressed_tensors = {"num_bits": 4, "type": "float"}  # noqa: RUF012
+
+    def encode(self, scaled: Tensor, out: Tensor) -> None:
+        codes = torch.bucketize(scaled.abs(), _E2M1_LIMITS.to(scaled.device), out_int32=True).to(torch.uint8)
+        self.pack(codes.add_(torch.signbit(scaled), alpha=8), out)
+
+    def decode(self, stored: Tensor, out: Tensor) -> None:
+        self.unpack(stored, E2M1_VALUES, out)
+
+    def triton_decode(self) -> Any:
+        from moeplug.kernels import decode_e2m1
+
+        return decode_e2m1
 
 
 class Unquantized(NumberFormat):

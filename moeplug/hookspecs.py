@@ -159,7 +159,8 @@ def moeplug_create_scales(ctx: StageContext, scales: Mapping[Projection, Scales]
     When: once per group, after its last weight.
     Given: scales: for gate, up and down the Scales of all E experts in slot order, scale (E, R, C).
     Return: {"w13_scale": (E, 2I, C), "w2_scale": (E, H, C)}, and "w13_zero_point", "w2_zero_point" of the same shape
-    when asymmetric; C is 1 for strategy tensor and channel, K / group_size for group. Rows in ctx.layout's order.
+    when asymmetric; C is 1 for strategy tensor and channel, K / group_size, rounded up, for group. Rows lie in
+    ctx.layout's order.
     Blocks of several rows: {"w13_scale": (E, 2R, C), "w2_scale": (E, R, C)}, gate's rows first, in every layout.
     "w13_global_scale": (E, 2I) and "w2_global_scale": (E, H) float32 beside scale_dtype float8_e4m3fn.
     Keys of unquantized projections are left out. Gate and up are laid beside each other, never merged.

@@ -34,7 +34,7 @@ class Scales:
 
     scale: (B, R, C) of `scale_dtype(spec)`, R and C as `scale_shape` says. zero_point: the same shape, of
     `zero_point_dtype`, or None when symmetric. global_scale: (B, 1, 1) float32, which multiplies `scale`, with
-    scale_dtype float8_e4m3fn only. block: the spec's block_structure, with strategy block only.
+    scale_dtype float8_e4m3fn only. block: the spec's ragged_block, with strategy block or `pad` only.
     """
 
     scale: Tensor | None = None
@@ -98,12 +98,17 @@ def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
     """Raise SchemeError where a spec asks what its format, or a weight of (N, K), cannot give."""
     if not spec.symmetric and (fmt.asymmetric_range is None or spec.strategy == "tensor"):
         raise SchemeError(f"format {fmt.name}, strategy {spec.strategy}: no zero points; use symmetric: true")
-    if spec.group_size and K % spec.group_size:
-        divisors = [g for g in (256, 128, 64, 32, 16) if K % g == 0 and g < spec.group_size]
-        hint = f"{divisors[0]} divides it, or use" if divisors else "use"
-        raise SchemeError(f"K={K} is not a multiple of group_size={spec.group_size}; {hint} strategy: channel")
+    if spec.group_size and K % spec.group_size and not spec.pad:
+        raise SchemeError(f"{does_not_divide(K, spec.group_size)} pad: true, or strategy: channel")
     if K % fmt.values_per_element:
         raise SchemeError(f"K={K}: format {fmt.name} packs {fmt.values_per_element} values into one element")
+
+
+def does_not_divide(K: int, group_size: int) -> str:
+    """Return that a group size is refused, and the next smaller one that is not, up to "or use"."""
+    divisors = [g for g in (256, 128, 64, 32, 16) if K % g == 0 and g < group_size]
+    hint = f"{divisors[0]} divides it, or use" if divisors else "use"
+    return f"K={K} is not a multiple of group_size={group_size}; {hint}"
 
 
 def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool = False) -> Scales:
@@ -284,7 +289,7 @@ def _empty_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat) -> Scales
         torch.empty(shape, dtype=scale_dtype(spec), device=device),
         None if spec.symmetric else torch.empty(shape, dtype=zero_point_dtype(fmt), device=device),
         torch.empty(B, 1, 1, dtype=torch.float32, device=device) if spec.scale_dtype == E4M3 else None,
-        spec.block_structure,
+        spec.ragged_block,
     )
 
 
@@ -296,8 +301,9 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
         return
     assert fmt.asymmetric_range is not None
     low, high = fmt.asymmetric_range
-    smallest, largest = weight.view(*weight.shape[:2], -1, spec.columns(weight.shape[2])).aminmax(dim=-1)
-    smallest, largest = smallest.float().clamp_(max=0), largest.float().clamp_(min=0)
+    ends = [part.aminmax(dim=-1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
+    smallest = torch.cat([end for end, _ in ends], dim=-1).float().clamp_(max=0)
+    largest = torch.cat([end for _, end in ends], dim=-1).float().clamp_(min=0)
     # Both halved first: the span of two extreme values would overflow float32.
     into.scale.copy_(_rounded(_divided(largest / 2 - smallest / 2, (high - low) / 2), spec))
     into.zero_point.copy_((low - smallest / into.scale.float()).round_().clamp_(low, high))

@@ -5,9 +5,9 @@ Field names are those of compressed-tensors, so that an export is one to one.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moeplug.validation import NAME_PATTERN, field_error
 
@@ -19,7 +19,8 @@ class WeightSpec(BaseModel):
     """How one projection's weights (N, K) are stored.
 
     Scales have the shape (N, K) reduced by `strategy`: tensor (1, 1); channel (N, 1); group (N, K / group_size);
-    block (N / rows, K / columns) of `block_structure`, rounded up. Values decode as (stored - zero_point) * scale.
+    block (N / rows, K / columns) of `block_structure`, rounded up, as K / group_size is under `pad`. Values decode as
+    (stored - zero_point) * scale.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -34,7 +35,12 @@ class WeightSpec(BaseModel):
         default=None,
         ge=2,
         le=65536,
-        description="strategy group: how many weights along K share a scale; it must divide K",
+        description="strategy group: how many weights along K share a scale; it must divide K, or say pad: true",
+    )
+    pad: bool = Field(
+        default=False,
+        description="strategy group: where group_size does not divide K, the last group of a row has the weights that "
+        "are left, as if zeros filled it; nothing more is stored",
     )
     block_structure: tuple[_Side, _Side] | None = Field(
         default=None,
@@ -52,11 +58,18 @@ class WeightSpec(BaseModel):
     def _strategy_and_sizes_agree(self) -> WeightSpec:
         _require(self.strategy, "group", "group_size", self.group_size, "group_size: 128")
         _require(self.strategy, "block", "block_structure", self.block_structure, "block_structure: [128, 128]")
+        if self.pad and self.strategy != "group":
+            raise field_error("pad", f"pad has a meaning only with strategy: group, but strategy is {self.strategy}")
         if not self.symmetric and self.strategy == "block":
             raise field_error("symmetric", "strategy: block has no zero points; write symmetric: true")
         if not self.symmetric and self.scale_dtype.startswith("float8"):
             raise field_error("symmetric", f"scale_dtype: {self.scale_dtype} has no zero points; write symmetric: true")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_later_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `pad` where it is false: schemes of before keep their hash."""
+        return {key: value for key, value in dump(self).items() if key != "pad" or value}
 
     @property
     def scale_rows(self) -> int:
@@ -64,8 +77,13 @@ class WeightSpec(BaseModel):
         return self.block_structure[0] if self.block_structure else 1
 
     def columns(self, K: int) -> int:
-        """Return how many weights along K share a scale; the last of a row may be fewer under strategy: block."""
-        return min(K, self.block_structure[1]) if self.block_structure else self.group_size or K
+        """Return how many weights along K share a scale; a row's last may be fewer if there is a `ragged_block`."""
+        return min(K, self.block_structure[1] if self.block_structure else self.group_size or K)
+
+    @property
+    def ragged_block(self) -> tuple[int, int] | None:
+        """Return (rows, columns) that share a scale where those at an edge may be fewer; None: K is whole groups."""
+        return (1, self.group_size) if self.pad and self.group_size else self.block_structure
 
     def describe(self) -> str:
         """Return a short label, for example `int8 g128 asym`."""

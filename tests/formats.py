@@ -1,4 +1,4 @@
-"""Number formats that live beside the tests, and specs that use them, so that the core is held to more than one plugin.
+"""The number formats of all plugins, and specs that use them: what the core is held to.
 
 from formats import FORMATS, SPECS, quantized
 experts = quantized(w13, w2, "nvfp4", device="cuda")
@@ -8,143 +8,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
 import moeplug
 from moeplug.formats import NumberFormat
-from moeplug.manifest import CAPABILITIES, Manifest
 from moeplug.moe.experts import QuantizedExperts
-from moeplug.registry import Plugin, Registration, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec, WeightSpec
 
-sys.path.append(str(Path(__file__).parents[1] / "plugins/moeplug-int8/src"))  # where the plugin is not installed
+sys.path += map(str, Path(__file__).parents[1].glob("plugins/*/src"))  # where they are not installed
 
+from moeplug_fp8.hooks import Fp8
+from moeplug_int4.hooks import Int4
 from moeplug_int8.hooks import Int8
+from moeplug_mx.hooks import Mxfp4, Mxfp8
+from moeplug_nf4.hooks import Nf4
+from moeplug_nvfp4.hooks import Nvfp4
 
-FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Fp8(NumberFormat):
-    """e4m3 bytes, no infinities; values beyond 448 saturate."""
-
-    name = "fp8"
-    storage_dtype = torch.uint8
-    bits = 8
-    max_value = 448.0
-    native = torch.float8_e4m3fn
-    exact_in = (*FLOATS, torch.float8_e4m3fn)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        out.copy_(scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        out.copy_(stored.view(torch.float8_e4m3fn))
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_e4m3
-
-        return decode_e4m3
-
-
-class Packed(NumberFormat):
-    """Two codes of four bits in a byte: neighbours, the first in the low nibble."""
-
-    storage_dtype = torch.uint8
-    bits = 4
-    values_per_element = 2
-
-    def pack(self, codes: Tensor, out: Tensor) -> None:
-        """Write codes (..., K) of 0 to 15 into out (..., K / 2)."""
-        codes = codes.to(torch.uint8)
-        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
-
-    def unpack(self, stored: Tensor, values: Tensor, out: Tensor) -> None:
-        """Write values (16,) of the codes in stored (..., K / 2) into out (..., K)."""
-        values = values.to(out.device)
-        out[..., 0::2] = values[(stored & 15).int()]
-        out[..., 1::2] = values[(stored >> 4).int()]
-
-
-class Int4(Packed):
-    """Integers of -8 to 7, stored as 0 to 15; zero points lie in -8 to 7 too."""
-
-    name = "int4"
-    max_value = 7.0
-    asymmetric_range = (-8.0, 7.0)
-    exact_in = (*FLOATS, torch.float8_e4m3fn, torch.int8)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        self.pack(scaled.round() + 8, out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, torch.arange(-8.0, 8.0), out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_int4
-
-        return decode_int4
-
-
-E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_MIDDLES: Final = (E2M1[1:8] + E2M1[:7]) / 2
-# A value in the middle goes to the even code: up from codes 1, 3 and 5, so those limits lie just below the middle.
-E2M1_LIMITS: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_MIDDLES, torch.zeros(7)), _MIDDLES)
-
-
-class Fp4(Packed):
-    """e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties to the even code. The numbers of MXFP4 and NVFP4."""
-
-    name = "fp4"
-    max_value = 6.0
-    exact_in = (*FLOATS, torch.float8_e4m3fn)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        magnitude = torch.bucketize(scaled.abs(), E2M1_LIMITS.to(scaled.device))
-        self.pack(magnitude + 8 * torch.signbit(scaled), out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, E2M1, out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_e2m1
-
-        return decode_e2m1
-
-
-NF4: Final = torch.tensor(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
-)
-
-
-class Nf4(Packed):
-    """NormalFloat4 (QLoRA, arXiv 2305.14314), the 16 values of bitsandbytes; only float32 holds them exactly."""
-
-    name = "nf4"
-    max_value = 1.0
-    exact_in = (torch.float32,)
-
-    def encode(self, scaled: Tensor, out: Tensor) -> None:
-        self.pack(torch.bucketize(scaled.contiguous(), ((NF4[1:] + NF4[:-1]) / 2).to(scaled.device)), out)
-
-    def decode(self, stored: Tensor, out: Tensor) -> None:
-        self.unpack(stored, NF4, out)
-
-    def triton_decode(self) -> Any:
-        from moeplug.kernels.decode import decode_nf4
-
-        return decode_nf4
-
-
-FORMATS: Final[dict[str, NumberFormat]] = {fmt.name: fmt for fmt in (Int8(), Fp8(), Int4(), Fp4(), Nf4())}
+FORMATS: Final[dict[str, NumberFormat]] = {
+    fmt.name: fmt for fmt in (Int8(), Fp8(), Mxfp8(), Int4(), Mxfp4(), Nvfp4(), Nf4())
+}
+PLUGIN_OF: Final = {name: name for name in FORMATS} | {"mxfp8": "mx", "mxfp4": "mx"}
 
 
 def grouped(fmt: str, group_size: int, symmetric: bool = True, scale_dtype: str = "float32") -> WeightSpec:
@@ -164,30 +50,11 @@ SPECS: Final[dict[str, WeightSpec]] = {
     "fp8-block": blocks("fp8", 128, 128),
     **{f"int4-g{g}": grouped("int4", g) for g in (32, 64, 128)},
     **{f"int4-g{g}-asym": grouped("int4", g, symmetric=False) for g in (32, 64, 128)},
-    "mxfp4": grouped("fp4", 32, scale_dtype="float8_e8m0fnu"),
-    "mxfp8": grouped("fp8", 32, scale_dtype="float8_e8m0fnu"),
-    "nvfp4": grouped("fp4", 16, scale_dtype="float8_e4m3fn"),
+    "mxfp4": grouped("mxfp4", 32, scale_dtype="float8_e8m0fnu"),
+    "mxfp8": grouped("mxfp8", 32, scale_dtype="float8_e8m0fnu"),
+    "nvfp4": grouped("nvfp4", 16, scale_dtype="float8_e4m3fn"),
     "nf4": grouped("nf4", 64),
 }
-
-MANIFEST: Final = f"""
-api: 1
-name: beside-the-tests
-hooks: formats
-formats: [{", ".join(name for name in FORMATS if name != "int8")}]
-capabilities: [{", ".join(CAPABILITIES)}]
-"""
-
-
-def registry() -> Registry:
-    """Return the installed plugins and one, in memory, that has the formats of this file."""
-    plugin = Plugin("beside-the-tests", "active", "", "tests", "0", None, Manifest.from_text(MANIFEST))
-    found = Registry([*Registry.discover().plugins, plugin])
-    found._active[plugin.name] = Registration(plugin)
-    for name, fmt in FORMATS.items():
-        if name != "int8":
-            found._active[plugin.name].add_format(fmt)
-    return found
 
 
 def scheme_of(
@@ -196,11 +63,11 @@ def scheme_of(
     """Return a scheme of these specs."""
     specs = {"weights": weights, "input_activations": input_activations, "intermediate": intermediate}
     data = {key: spec.model_dump(mode="json", exclude_none=True) for key, spec in specs.items() if spec is not None}
-    plugin = "int8" if weights.format == "int8" else "beside-the-tests"
+    plugin = PLUGIN_OF[weights.format]
     return Scheme.from_data({"api": 1, "name": "test", "plugin": plugin, **data})
 
 
 def quantized(w13: Tensor, w2: Tensor, name: str | WeightSpec, device: str = "cpu") -> QuantizedExperts:
     """Return experts of w13 (E, 2I, H) and w2 (E, H, I) under one of SPECS, or a spec of one's own."""
     spec = SPECS[name] if isinstance(name, str) else name
-    return moeplug.quantize_experts(w13.to(device), w2.to(device), scheme_of(spec), registry=registry())
+    return moeplug.quantize_experts(w13.to(device), w2.to(device), scheme_of(spec))

@@ -86,6 +86,9 @@ def _int8_cases() -> list[Case]:
     for size, H, I in ((16, 48, 32), (20, 40, 60), (48, 96, 144), (64, 64, 128), (128, 128, 256), (40, 40, 40)):
         spec = grouped(size, symmetric=False)
         cases.append(Case(f"int8-group{size}-K-{H}-and-{I}", H=H, I=I, gate_up=spec, down=spec))
+    for size, H, I in ((32, 48, 80), (64, 104, 40), (48, 136, 200), (96, 160, 224)):
+        spec = grouped(size, symmetric=False).model_copy(update={"pad": True})
+        cases.append(Case(f"int8-padded-group{size}-K-{H}-and-{I}", H=H, I=I, gate_up=spec, down=spec))
     return cases
 
 
@@ -164,6 +167,8 @@ def _format_cases() -> list[Case]:
         "int4-g96": (grouped_of("int4", 96), 96, 192),
         "int4-g192": (grouped_of("int4", 192), 384, 192),
         "int4-g48-asym": (grouped_of("int4", 48, symmetric=False), 96, 192),
+        "int4-g128-padded": (grouped_of("int4", 128).model_copy(update={"pad": True}), 192, 320),
+        "int4-g128-padded-asym": (grouped_of("int4", 128, False).model_copy(update={"pad": True}), 192, 64),
         "int4-block": (blocks("int4", 24, 64), 192, 320),
         "int4-block-of-32-columns": (blocks("int4", 24, 32), 192, 64),
         "int8-g96": (grouped_of("int8", 96), 192, 96),
@@ -179,7 +184,7 @@ def _format_cases() -> list[Case]:
     return cases
 
 
-TOKEN: Final = {name: ActivationSpec(format=name) for name in ("int8", "fp8")}
+TOKEN: Final = {name: ActivationSpec(format=name) for name in ("int8", "fp8", "mxfp8")}
 
 
 def _activation_cases() -> list[Case]:
@@ -201,6 +206,7 @@ def _activation_cases() -> list[Case]:
         "int4-g32-a8-int8": (grouped_of("int4", 32), TOKEN["int8"], TOKEN["int8"]),
         "int4-g32-a8-fp8": (grouped_of("int4", 32), TOKEN["fp8"], TOKEN["fp8"]),
         "mxfp4-a8-fp8": (SPECS["mxfp4"], TOKEN["fp8"], TOKEN["fp8"]),
+        "mxfp8-a8": (SPECS["mxfp8"], TOKEN["mxfp8"], TOKEN["mxfp8"]),
         "nvfp4-a8-fp8": (SPECS["nvfp4"], TOKEN["fp8"], TOKEN["fp8"]),
         "nf4-a8-int8": (grouped_of("nf4", 32), TOKEN["int8"], TOKEN["int8"]),
     }  # fmt: skip

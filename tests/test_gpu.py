@@ -16,7 +16,7 @@ from moeplug.moe.reference import experts_reference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 E, H, I, T, M = 16, 256, 128, 2, 33
-SCHEMES = ("int8", "int8-g128", "int8-g32", "int8-g128-asym")
+SCHEMES = ("int8", "int8-g128", "int8-g32", "int8-g128-asym", "int4-g128-asym", "int4-g128-search", "nf4", "nf4-dq")
 PLAIN = Scheme.from_text("api: 1\nname: plain\nweights: null\n")
 MIXED = Scheme.from_text(
     "api: 1\nname: mixed\nplugin: int8\nweights: {format: int8}\n"

@@ -69,7 +69,7 @@ REASONS = {
     ),
     "ragged-activations": (
         request(intermediate=ActivationSpec(format="int8", strategy="group", group_size=48)),
-        "intermediate: K=128 is not a multiple of group_size=48; use strategy: token",
+        "intermediate: K=128 is not a multiple of group_size=48; 32 divides it, or use strategy: token",
     ),
     "activation": (request(layer={"activation": "swish9"}), "activation 'swish9' is none of silu, gelu"),
     "three-in-one": (request(down_format=Triple(torch.int8)), "packs 3 values into one element; 1 and 2 are served"),
@@ -101,10 +101,10 @@ REASONS = {
             gate_up_format=FORMATS["fp8"],
             activation_format=FORMATS["fp8"],
         ),
-        "fp8 activations need compute capability 8.9, cuda:0 has 8.0",
+        "fp8 activations need compute capability 8.9, cuda:0 has 8.0; leave them in 16 bits, as fp8-w8a16 does",
     ),
     "fp8-scales-before-ada": (
-        request(Device("cuda", 0, (8, 0)), gate_up=SPECS["nvfp4"], gate_up_format=FORMATS["fp4"]),
+        request(Device("cuda", 0, (8, 0)), gate_up=SPECS["nvfp4"], gate_up_format=FORMATS["nvfp4"]),
         "scale_dtype float8_e4m3fn needs compute capability 8.9, cuda:0 has 8.0",
     ),
     "inexact-activations": (

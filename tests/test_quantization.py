@@ -164,6 +164,27 @@ def test_a_group_that_does_not_divide_names_one_that_does():
         stored_of(random_weight(K=192), SPECS["g128_bf16_scales"])
 
 
+@pytest.mark.parametrize("K", [200, 129, 128, 127, 1])
+@pytest.mark.parametrize("name", ["g128_bf16_scales", "g32", "g64_asymmetric"])
+def test_padded_groups_store_what_zeros_at_the_end_of_rows_would(name, K, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 5 * 200)
+    weight, spec = random_weight(K=K) + (0.01 if "asymmetric" in name else 0), SPECS[name]
+    G = spec.group_size
+    filled = torch.nn.functional.pad(weight, (0, -K % G))
+    expected, of_filled = stored_of(filled, spec)
+    padded = spec.model_copy(update={"pad": True})
+    out, scales = stored_of(weight, padded)
+    assert torch.equal(out, expected[..., :K])
+    assert torch.equal(scales.scale, of_filled.scale)
+    assert spec.symmetric or torch.equal(scales.zero_point, of_filled.zero_point)
+    assert torch.equal(dequantize(out, scales, Signed()), dequantize(expected, of_filled, Signed())[..., :K])
+    assert bytes_of_weight(padded, Signed(), 37, K) * 2 == out.nbytes + sum(
+        tensor.nbytes for tensor in (scales.scale, scales.zero_point) if tensor is not None
+    )
+    exact = (weight.double() - dequantize(out, scales, Signed()).double()).square().sum((1, 2))
+    torch.testing.assert_close(squared_error(weight, out, scales, Signed())[:, 0], exact, rtol=1e-4, atol=0)
+
+
 def test_the_squared_error_is_the_error_of_what_is_stored():
     weight, spec = random_weight(), SPECS["g64_asymmetric"]
     out, scales = stored_of(weight, spec)

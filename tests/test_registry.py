@@ -404,7 +404,7 @@ def test_listing_imports_neither_torch_nor_triton_nor_a_plugin():
     import sys
     from moeplug.registry import Registry
     Registry.discover()
-    heavy = {"torch", "triton", "numpy", "transformers", "moeplug_int8"} & set(sys.modules)
+    heavy = {m for m in sys.modules if m in ("torch", "triton", "numpy", "transformers") or m.startswith("moeplug_")}
     assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from moeplug.kernels.select import Device, ExpertsForward, Kernel, KernelRequest, Selection, select_kernel
 
-# Functions that a format's triton_decode returns: int8, int4 (-8 to 7), e4m3, e2m1, NormalFloat4.
-DECODERS = ("decode_int8", "decode_int4", "decode_e4m3", "decode_e2m1", "decode_nf4")
+# Functions that a format's triton_decode returns: int8, int4 (-8 to 7), e4m3, e2m1.
+DECODERS = ("decode_int8", "decode_int4", "decode_e4m3", "decode_e2m1")
 
 __all__ = [
     "Device",

@@ -434,6 +434,48 @@ def _product(
 
 
 @triton.jit
+def _product_in_halves(
+    x_ptr, x_rows, x_mask, stride_xk, xs_rows, w_desc, w_first, s_rows, stride_sc, k_first, k_end,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, TILE_SCALES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return what `_product` does where sums of whole tiles are scaled, half the columns at a time.
+
+    A step's sum needs registers of its own beside the accumulator: 128 of each spill, 64 and 128 do not, so a program of
+    four warps has a 128 x 128 tile, and two programs share a multiprocessor: one multiplies while the other scales.
+    """
+    acc0 = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
+    acc1 = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
+    x_ptrs = x_ptr + x_rows[:, None] + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+    next_scale = tl.load(s_rows + k_first // GROUP * stride_sc)
+    next_x_scale = tl.load(xs_rows + k_first // X_GROUP, mask=x_mask, other=0.0)
+    for k in range(k_first, k_end, BLOCK_K):
+        scale, x_scale = next_scale, next_x_scale
+        w0, w1 = w_desc.load([w_first, k]), w_desc.load([w_first + BLOCK_N // 2, k])
+        x = tl.load(x_ptrs + k * stride_xk, mask=x_mask[:, None], other=0.0)
+        k_next = tl.minimum(k + BLOCK_K, k_end - 1)
+        next_scale = tl.load(s_rows + k_next // GROUP * stride_sc)
+        next_x_scale = tl.load(xs_rows + k_next // X_GROUP, mask=x_mask, other=0.0)
+        factor = scale.to(tl.float32)[None, :] * x_scale[:, None]
+        acc0 = _plus_scaled(acc0, tl.dot(x, w0.T), factor, TILE_SCALES)
+        acc1 = _plus_scaled(acc1, tl.dot(x, w1.T), factor, TILE_SCALES)
+    return tl.reshape(tl.permute(tl.join(acc0, acc1), (0, 2, 1)), (BLOCK_M, BLOCK_N))
+
+
+@triton.constexpr_function
+def _in_halves(w_desc, BLOCK_N):
+    """Return whether weights are copied half a tile at a time."""
+    return w_desc is not None and w_desc.block_shape[0] != BLOCK_N
+
+
+@triton.jit
+def _plus_scaled(acc, part, factor, TILE_SCALES: tl.constexpr):
+    """Return acc + part * factor; factor (BLOCK_M, TILE_SCALES) repeats along the columns."""
+    term = tl.reshape(part, (part.shape[0], part.shape[1] // TILE_SCALES, TILE_SCALES)) * factor[:, None, :]
+    return acc + tl.reshape(term, part.shape)
+
+
+@triton.jit
 def _group_scales(s_rows, stride_sc, w_mask, k, k_end, GROUP: tl.constexpr, PER_STEP: tl.constexpr):
     """Return the stored scales of the step at k: (BLOCK_N,), or (BLOCK_N, PER_STEP) where it holds several groups."""
     if PER_STEP == 1:
@@ -631,14 +673,20 @@ def _block_of_pairs(
     split = tl.program_id(1)
     # The host splits K at whole steps. Said outright, because copies of nibbles are 8 bytes wide where it is not known.
     k_first = 0 if SPLIT_K == 1 else tl.multiple_of(split * (K // SPLIT_K), BLOCK_K)
-    acc = _product(
-        x_ptr, x_row * stride_xm, row_mask, stride_xk, xs_rows,
-        w_ptr + e * stride_we, offs_n.to(tl.int64) * stride_wn, column_mask,
-        w_desc, (e * N).to(tl.int32) + tile_n * BLOCK_N, s_rows, stride_sc, z_rows, stride_zc,
-        k_first, k_first + K // SPLIT_K,
-        GROUP, X_GROUP, TILE_SCALES, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES, EXPONENT, BYTES, BLOCK_M, BLOCK_N,
-        BLOCK_K, EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
-    ).to(tl.float32)  # fmt: skip
+    w_first, k_end = (e * N).to(tl.int32) + tile_n * BLOCK_N, k_first + K // SPLIT_K
+    if _in_halves(w_desc, BLOCK_N):
+        acc = _product_in_halves(
+            x_ptr, x_row * stride_xm, row_mask, stride_xk, xs_rows, w_desc, w_first, s_rows, stride_sc, k_first, k_end,
+            GROUP, X_GROUP, TILE_SCALES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = _product(
+            x_ptr, x_row * stride_xm, row_mask, stride_xk, xs_rows,
+            w_ptr + e * stride_we, offs_n.to(tl.int64) * stride_wn, column_mask,
+            w_desc, w_first, s_rows, stride_sc, z_rows, stride_zc, k_first, k_end,
+            GROUP, X_GROUP, TILE_SCALES, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES, EXPONENT, BYTES, BLOCK_M, BLOCK_N,
+            BLOCK_K, EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
+        ).to(tl.float32)  # fmt: skip
     if scale_ptr is not None and GROUP == 0:
         scale = tl.load(scale_ptr + e * stride_se + offs_n * stride_sn, mask=column_mask, other=0.0)
         acc *= _along_n(_scale_value(scale, tl.float32, E8M0), SWAP)

@@ -307,29 +307,6 @@ def decode_e4m3(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_nf4(words, DTYPE: tl.constexpr):
-    """Return four NormalFloat4 numbers (QLoRA, arXiv 2305.14314, appendix E), float32."""
-    return (_nf4(_nibble(words, 0)), _nf4(_nibble(words, 4)), _nf4(_nibble(words, 8)), _nf4(_nibble(words, 12)))
-
-
-@triton.jit
-def _nf4(code):
-    """Return a codebook's 16 values by a tree of selections over the bits of the code."""
-    b0, b1, b2 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0
-    n0 = tl.where(b0, -0.6961928009986877, -1.0)
-    n1 = tl.where(b0, -0.39491748809814453, -0.5250730514526367)
-    n2 = tl.where(b0, -0.18477343022823334, -0.28444138169288635)
-    n3 = tl.where(b0, 0.0, -0.09105003625154495)
-    p0 = tl.where(b0, 0.16093020141124725, 0.07958029955625534)
-    p1 = tl.where(b0, 0.33791524171829224, 0.24611230194568634)
-    p2 = tl.where(b0, 0.5626170039176941, 0.44070982933044434)
-    p3 = tl.where(b0, 1.0, 0.7229568362236023)
-    negative = tl.where(b2, tl.where(b1, n3, n2), tl.where(b1, n1, n0))
-    positive = tl.where(b2, tl.where(b1, p3, p2), tl.where(b1, p1, p0))
-    return tl.where((code & 8) != 0, positive, negative).to(tl.float32)
-
-
-@triton.jit
 def decode_e2m1_small(words, DTYPE: tl.constexpr):
     """Return four e2m1 numbers times 2**-126, bfloat16: their bits in place, exponents not corrected."""
     tl.static_assert(DTYPE == tl.bfloat16)  # noqa: SIM300

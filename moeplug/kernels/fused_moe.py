@@ -286,11 +286,12 @@ class _Planner:
         if scale_weights and self._x._small_scales[which] and dot == torch.bfloat16:
             decode, exponent = self._kernels.SMALL.get(decode, (decode, 0))
         K = operand.K
+        halves = decode is None and bool(spec and spec.group_size) and _in_halves(operand, blocks)
         rows = elements.weight.stride(1) == elements.weight.shape[2] and elements.row_bytes % 16 == 0
         fetch = rows and min(self.P, self.E) * operand.N * elements.row_bytes <= FETCHED_BYTES
         arguments = {
             "x_ptr": x, "stride_xm": strides[0], "stride_xk": strides[1], "x_scale_ptr": x_scale,
-            **_weight_arguments(operand, elements, blocks),
+            **_weight_arguments(operand, elements, blocks, halves),
             "topk_weight_ptr": self._ref("topk_weights"),
             "stride_tm": self._topk_weights.stride(0), "stride_tt": self._topk_weights.stride(1),
             "ids_ptr": self._ref("topk_ids") if pairs else None,
@@ -466,24 +467,37 @@ def _elements(operand: Operand, dot: torch.dtype) -> _Elements:
     return _Elements(weight, 1, True, fmt.triton_decode())
 
 
-def _weight_arguments(operand: Operand, elements: _Elements, blocks: Blocks) -> dict[str, Any]:
-    """Return a product's tensors with their strides, by the kernel's names."""
+def _weight_arguments(operand: Operand, elements: _Elements, blocks: Blocks, halves: bool) -> dict[str, Any]:
+    """Return a product's tensors with their strides, by the kernel's names. halves: see `_in_halves`."""
     weight, scale, zero_point = elements.weight, operand.scale, operand.zero_point
     strides = scale.stride() if scale is not None else (0, 0, 0)
     zero_strides = zero_point.stride() if zero_point is not None else (0, 0, 0)
     return {
         "w_ptr": weight, "stride_we": weight.stride(0), "stride_wn": weight.stride(1),
-        "w_desc": _descriptor(weight, blocks, elements.places) if blocks.TMA else None,
+        "w_desc": _descriptor(elements, blocks, halves) if blocks.TMA else None,
         "scale_ptr": scale, "stride_se": strides[0], "stride_sn": strides[1], "stride_sc": strides[2],
         "zero_ptr": zero_point, "stride_ze": zero_strides[0], "stride_zn": zero_strides[1],
         "stride_zc": zero_strides[2], "global_ptr": operand.global_scale, "bias_ptr": operand.bias,
     }  # fmt: skip
 
 
-def _descriptor(weight: Tensor, blocks: Blocks, places: int) -> Any:
+def _descriptor(elements: _Elements, blocks: Blocks, halves: bool) -> Any:
+    """Return a TMA descriptor of (E * N, K / places) that copies tiles; half tiles, and the kernel multiplies so."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [blocks.BLOCK_N, blocks.BLOCK_K // places])
+    rows = blocks.BLOCK_N // 2 if halves else blocks.BLOCK_N
+    return TensorDescriptor.from_tensor(elements.weight.flatten(0, 1), [rows, blocks.BLOCK_K // elements.places])
+
+
+def _in_halves(operand: Operand, blocks: Blocks) -> bool:
+    """Return whether a tile's columns are summed half by half, because each step's sum is scaled and registers are short.
+
+    Where blocks of scales hold whole tiles and whole steps; weights and activations are multiplied as they are stored.
+    """
+    whole = operand.scale_rows % blocks.BLOCK_N == 0 and operand.group_size % blocks.BLOCK_K == 0
+    even = operand.K // blocks.SPLIT_K % blocks.BLOCK_K == 0
+    per_thread = blocks.BLOCK_M * blocks.BLOCK_N // (32 * blocks.num_warps)
+    return operand.scale_rows > 1 and whole and even and blocks.TMA and not blocks.SWAP and per_thread >= 128
 
 
 def _in_words(spec: WeightSpec | None, fmt: NumberFormat, activations: NumberFormat | None, K: int) -> bool:
@@ -542,7 +556,8 @@ def _reason_against_activations(
     if fmt is None or fmt.native is None:
         return f"activations of format {spec.format}: the tensor cores have no such type"
     if fmt.native == torch.float8_e4m3fn and (device.compute_capability or (0, 0)) < LEAST_FP8:
-        return f"fp8 activations need compute capability 8.9, {device} has {_capability(device)}"
+        found = f"fp8 activations need compute capability 8.9, {device} has {_capability(device)}"
+        return f"{found}; leave them in 16 bits, as fp8-w8a16 does"
     if weight_format.native != fmt.native and fmt.native not in weight_format.exact_in:
         return f"weights of format {weight_format.name} are not exact as {fmt.native}, the activations' type"
     if spec.group_size is None:

@@ -13,7 +13,7 @@ from moeplug.errors import PluginError, UsageError
 from moeplug.formats import NumberFormat
 from moeplug.kernels.select import KernelRequest
 from moeplug.moe.layout import ACTIVATIONS
-from moeplug.quantization import E4M3, scale_values
+from moeplug.quantization import E4M3, does_not_divide, scale_values
 from moeplug.spec import ActivationSpec
 
 HIDDEN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,7 +28,7 @@ class Operand:
     float32, which multiplies scale, or None. bias: (E, N) float or None.
     Strides are any, except that a weight's rows are contiguous.
     words: values along K are in the order of `moeplug.moe.layout.in_words`; else in the plain order.
-    group_size: weights along K that share a scale, K for one scale a row; the last of a row may be fewer for blocks.
+    group_size: weights along K that share a scale, K for one scale a row; the last of a row may be fewer.
     scale_rows: rows that share a row of scales, 1 but for blocks. parts: 2 in w13, whose R rows of scales are gate's,
     then up's, in every layout; 1 in w2 and where there is no gate.
     """
@@ -129,7 +129,7 @@ def _reason_against_activations(field: str, spec: ActivationSpec | None, K: int)
     if spec.strategy == "tensor":
         return f"{field}: a scale for all tokens makes a token's result depend on its batch; use strategy: token"
     if spec.group_size and K % spec.group_size:
-        return f"{field}: K={K} is not a multiple of group_size={spec.group_size}; use strategy: token"
+        return f"{field}: {does_not_divide(K, spec.group_size)} strategy: token"
     return None
 
 

@@ -46,7 +46,7 @@ class ScaleStore:
         rows = slice(0, 1) if spec.strategy == "tensor" else slice(None)
         zero_point = None if spec.symmetric else self._view(projection, "zero_point")[:, rows]
         global_scale = self._view(projection, "global_scale")[:, :1, None] if spec.scale_dtype == E4M3 else None
-        return Scales(self._view(projection, "scale")[:, rows], zero_point, global_scale, spec.block_structure)
+        return Scales(self._view(projection, "scale")[:, rows], zero_point, global_scale, spec.ragged_block)
 
     def _allocate(self, buffer: str, projection: Projection) -> None:
         ctx, spec = self._ctx, self._ctx.spec(projection)

@@ -63,7 +63,7 @@ def _check(ctx: StageContext, projection: Projection, scales: object, out: Tenso
             raise PluginError(f"{where}: {name} is {found}; expected {expected}")
         if tensor.dtype != dtype:
             raise PluginError(f"{where}: {name} is {tensor.dtype}; expected {dtype}")
-    if scales.block != spec.block_structure:
-        raise PluginError(f"{where}: block is {scales.block}; expected {spec.block_structure}")
+    if scales.block != spec.ragged_block:
+        raise PluginError(f"{where}: block is {scales.block}; expected {spec.ragged_block}")
     if not bool(torch.isfinite(scales.values(shape[0])).all()):
         raise PluginError(f"{where}: a scale is NaN or infinite")

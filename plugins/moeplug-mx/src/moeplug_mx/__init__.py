@@ -1,0 +1,1 @@
+"""Microscaling experts for moeplug. Everything is declared in plugin.yaml; code is in hooks.py."""

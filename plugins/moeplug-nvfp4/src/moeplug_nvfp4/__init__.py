@@ -1,0 +1,1 @@
+"""NVFP4 experts for moeplug. Everything is declared in plugin.yaml; code is in hooks.py."""
