@@ -21,6 +21,7 @@ from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.family import Family, find_family
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import UsageError
+from moeplug.integrations.prequantized import encoding_of
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
 from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
@@ -76,7 +77,10 @@ def plan(
     if dummy and runtime is not None:
         raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
     with_dense = runtime is not None
-    planned = plan_model(source, found_family, resolved, registry, found, with_dense=with_dense, budget=budget)
+    encoding = encoding_of(source.config, registry)
+    planned = plan_model(
+        source, found_family, resolved, registry, found, with_dense=with_dense, budget=budget, encoding=encoding
+    )
     if runtime is not None:
         _empty_model(planned)  # what a load would refuse is refused here
     return planned

@@ -263,7 +263,10 @@ def _draft_family(model: Path | None, error: MoeplugError) -> NoReturn:
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file. Default with the demo: its own.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only the first tokens of the text.")
 @click.option(
-    "--lm-eval", "tasks", multiple=True, metavar="TASK",
+    "--lm-eval",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
     help="Run a task of the lm-evaluation-harness instead: its YAML file, or a name. May be repeated.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Use only so many examples of each task.")

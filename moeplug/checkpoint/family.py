@@ -28,6 +28,7 @@ from moeplug.checkpoint.config_values import (
     value_at,
 )
 from moeplug.checkpoint.descriptor import EXTRA, LAYER, ConfigIntegers, Descriptor, expand, folder_of, lies_in
+from moeplug.checkpoint.encoded import Encoding, locate_encoded
 from moeplug.checkpoint.files import counted, listed, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES, WeightSource, as_shapes_tell, by_piece, expected_tensors, locate
 from moeplug.checkpoint.safetensors_header import TensorInfo
@@ -135,6 +136,12 @@ class Family:
         Raises CheckpointError where one is missing, has the wrong shape or dtype, or is there in two forms.
         """
         return locate(self.descriptor.disk, layer, tensors)
+
+    def locate_encoded(
+        self, layer: LayerSpec, tensors: Mapping[str, TensorInfo], encoding: Encoding
+    ) -> tuple[WeightSource, ...]:
+        """Return where each part of each already quantized expert weight of a layer lies, and the biases."""
+        return locate_encoded(self.descriptor.disk, layer, tensors, encoding)
 
     def unclaimed(
         self, tensors: Mapping[str, TensorInfo], claimed: Container[str], config: Mapping[str, Any] | None = None
@@ -269,7 +276,7 @@ def _require_unquantized(config: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     raise CheckpointError(
         f"config.json: the checkpoint is already quantized (quantization_config, quant_method {shown(method)}); "
-        "quantizing again would add one error to another: give the unquantized checkpoint"
+        "this way of storing it is not read: give the unquantized checkpoint"
     )
 
 

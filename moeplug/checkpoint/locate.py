@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 
@@ -57,6 +57,7 @@ class WeightSource:
 
     Most often these bytes are the weight. A transposed or interleaved fused tensor gives one expert's gate and up in
     one run: both sources then have the same `piece`, which is read once. `weight_of` makes the weight of what was read.
+    role: which part of an already quantized weight it is (`moeplug.checkpoint.encoded`).
     """
 
     layer: int
@@ -71,6 +72,7 @@ class WeightSource:
     first: int = 0
     step: int = 1
     of_bias: bool = False
+    role: str = "weight"
 
     @property
     def piece(self) -> Piece:
@@ -101,6 +103,18 @@ def expected_tensors(form: DiskForm, layer: LayerSpec) -> list[ExpectedTensor]:
     ]
 
 
+def bias_sources(form: DiskForm, layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[WeightSource]:
+    """Yield where the biases of a layer lie."""
+    if form.bias is None:
+        return
+    for tensor in _tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True):
+        if tensor.name not in tensors:
+            raise CheckpointError(f"{tensor} of layer {layer.index} is missing; download the checkpoint again")
+        found = tensors[tensor.name]
+        _require_weight(found, tensor, layer)
+        yield from (_source(layer, cut, found, DTYPE_BITS[found.dtype] // 8) for cut in tensor.cuts)
+
+
 def _names(biases: Biases) -> dict[str, str]:
     return {part: name for part, name in biases if name is not None}
 
@@ -124,7 +138,7 @@ def _tensors(
             ExpectedTensor(
                 expand(name, layer.index, expert),
                 shapes[part][:1] if of_bias else shapes[part],
-                tuple(_cuts(form, part, expert, 0, shapes[part], False, of_bias)),
+                tuple(cuts_of(form, part, expert, 0, shapes[part], False, of_bias)),
             )
             for expert in experts
             for part, name in names.items()
@@ -137,13 +151,19 @@ def _tensors(
         if form.flat and not of_bias:
             shape = (len(experts) * rows, columns)
         starts = [expert * rows * columns for expert in experts]
-        cuts = [c for e in experts for c in _cuts(form, part, e, starts[e], (rows, columns), transposed, of_bias)]
+        cuts = [c for e in experts for c in cuts_of(form, part, e, starts[e], (rows, columns), transposed, of_bias)]
         expected.append(ExpectedTensor(expand(name, layer.index), shape, tuple(cuts)))
     return expected
 
 
-def _cuts(
-    form: DiskForm, part: str, expert: int, start: int, stored: tuple[int, int], transposed: bool, of_bias: bool
+def cuts_of(
+    form: DiskForm,
+    part: str,
+    expert: int,
+    start: int,
+    stored: tuple[int, int],
+    transposed: bool,
+    of_bias: bool = False,
 ) -> list[Cut]:
     """Return the cuts of one expert's run of numbers: one, or gate's and up's."""
     if part != "gate_up":

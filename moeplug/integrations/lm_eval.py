@@ -22,9 +22,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise UsageError(
-        f"--lm-eval needs the lm-evaluation-harness ({error}): pip install 'moeplug[lm_eval]'"
-    ) from error
+    raise UsageError(f"--lm-eval needs the lm-evaluation-harness ({error}): pip install 'moeplug[lm_eval]'") from error
 
 Results = dict[str, dict[str, float]]
 
@@ -60,7 +58,7 @@ class Tasks:
 
 
 def _name_in(file: Path) -> str:
-    """Return what a task file calls its task or group; its YAML may hold the harness's own tags, so it is not parsed."""
+    """Return what a task file calls its task or group. Its YAML may hold the harness's own tags: it is not parsed."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:

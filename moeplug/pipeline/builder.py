@@ -21,8 +21,9 @@ from moeplug.pipeline.create_scales import ScaleStore, create_scales
 from moeplug.pipeline.load import load
 from moeplug.pipeline.quantize import quantize
 from moeplug.pipeline.setup_kernel import PipelineBinder
-from moeplug.quantization import squared_error
+from moeplug.quantization import Scales, decode, dequantized, encode, in_scale_dtype, squared_error
 from moeplug.registry import Registry
+from moeplug.spec import WeightSpec
 
 if TYPE_CHECKING:
     from moeplug.pipeline.plan import LayerPlan
@@ -85,6 +86,31 @@ class LayerBuilder:
             group, slot = self._place[expert]
             self._groups[group].feed_bias(projection, slot, bias)
             self._came.add((expert, what))
+
+    @torch.no_grad()
+    def feed_encoded(
+        self,
+        projection: Projection,
+        expert: int,
+        values: Tensor,
+        scales: Scales,
+        as_stored: Callable[[WeightSpec | None], bool],
+        origin: str = "memory",
+    ) -> None:
+        """Take one already quantized weight: values (1, N, K) float32, and the scales that they are multiplied by.
+
+        as_stored: whether a spec asks for just these numbers; then they are kept, with no error of their own. For any
+        other spec the weight is dequantized and quantized anew.
+        """
+        group, slot = self._place[expert]
+        if not as_stored(self._groups[group].spec(projection)):
+            self.feed(projection, (expert,), dequantized(values, scales), origin)
+            return
+        self._require_expected(projection, (expert,), origin)
+        self._groups[group].keep(projection, slot, values, scales, origin)
+        exact = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._squares.device)
+        self._squares[expert, self._layer.projections.index(projection)] = exact
+        self._came.add((expert, projection))
 
     def _require_expected(self, what: str, experts: Sequence[int], origin: str) -> None:
         for expert in experts:
@@ -154,14 +180,42 @@ class _GroupBuilder:
     def feed(self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origin: str) -> Tensor:
         """Run stages 2 and 3 for slots slot, slot + 1, …; return (B, 2) float64 sums of squares."""
         ctx, registry = self._ctx, self._registry
-        if self._buffers is None or self._store is None:
-            self._buffers, self._store = allocate(registry, ctx), ScaleStore(ctx)
+        buffers, store = self._open()
         ready = load(registry, ctx, projection, experts, tensor, origin)
-        view = ctx.layout.view(self._buffers[buffer_name(projection)], projection)
+        view = ctx.layout.view(buffers[buffer_name(projection)], projection)
         out = view[slot : slot + len(experts)]
         scales = quantize(registry, ctx, projection, experts, ready, out)
-        self._store.put(projection, slot, scales)
+        store.put(projection, slot, scales)
         return squared_error(ready, out, scales, ctx.format(projection), ctx.layout.words(projection))
+
+    def spec(self, projection: Projection) -> WeightSpec | None:
+        """Return how the group stores a projection."""
+        return self._ctx.spec(projection)
+
+    def keep(self, projection: Projection, slot: int, values: Tensor, scales: Scales, origin: str) -> None:
+        """Write values (1, N, K) that the group's format has, and their scales, as they are."""
+        ctx, spec = self._ctx, self._ctx.spec(projection)
+        assert spec is not None
+        buffers, store = self._open()
+        fmt, words = ctx.format(projection), ctx.layout.words(projection)
+        out = ctx.layout.view(buffers[buffer_name(projection)], projection)[slot : slot + 1]
+        encode(values.clone(), fmt, out, words)
+        again = torch.empty_like(values)
+        decode(out, fmt, again, words)
+        kept = in_scale_dtype(scales, spec)
+        if not torch.equal(again, values) or kept is None:
+            what = "a scale" if kept is None else "a stored value"
+            raise CheckpointError(
+                f"{origin}: layer {ctx.layer.index}, {projection}: {what} is none that {spec.describe()} with "
+                f"scale_dtype: {spec.scale_dtype} has; use scale_dtype: float32, or requantize: true"
+            )
+        store.put(projection, slot, kept)
+
+    def _open(self) -> tuple[dict[str, Tensor], ScaleStore]:
+        """Return the group's buffers, made when they are first asked for."""
+        if self._buffers is None or self._store is None:
+            self._buffers, self._store = allocate(self._registry, self._ctx), ScaleStore(self._ctx)
+        return self._buffers, self._store
 
     def feed_bias(self, projection: Projection, slot: int, bias: Tensor) -> None:
         """Keep one expert's bias (N,) in the row order of the weights; w13_bias (E, rows), w2_bias (E, H)."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.encoded import Encoding
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
@@ -102,6 +103,7 @@ class Plan:
     sources: tuple[WeightSource, ...]
     kept: tuple[TensorInfo, ...]
     with_dense: bool
+    encoding: Encoding | None = None  # of a checkpoint that is quantized already
 
     @property
     def expert_bytes_before(self) -> int:
@@ -129,6 +131,10 @@ class Plan:
         scratch = 3 * 4 * max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
         staged = 1 if self.device.type == "cuda" else READ_BUFFERS
         # 1 MiB: error sums, slot tables, and what allocators round up.
+        if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
+            largest = max(l.layer.hidden_size * l.layer.intermediate_size for l in self.layers)
+            scratch += 8 * largest + max(layer.bytes_before // 8 for layer in self.layers)
+            return staged * self.read_buffer_bytes + scratch + (1 << 20)
         return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
 
     @property
@@ -170,22 +176,36 @@ def plan_model(
     *,
     with_dense: bool,
     budget: int | None = None,
+    encoding: Encoding | None = None,
 ) -> Plan:
-    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget."""
+    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget.
+
+    encoding: how the checkpoint's experts are quantized already.
+    """
     layers: list[LayerSpec] = []
     sources: list[WeightSource] = []
-    for layer in family.layers(checkpoint.config):
-        found = family.locate(layer, checkpoint.tensors)
+    config = {key: value for key, value in checkpoint.config.items() if not encoding or key != "quantization_config"}
+    for layer in family.layers(config):
+        if encoding is None:
+            found = family.locate(layer, checkpoint.tensors)
+        else:
+            found = family.locate_encoded(layer, checkpoint.tensors, encoding)
         # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
-        dtype, bias = TORCH_DTYPES[found[0].tensor.dtype], any(source.of_bias for source in found)
+        dtype = TORCH_DTYPES[found[0].tensor.dtype] if encoding is None else layer.dtype
+        bias = any(source.of_bias for source in found)
         layers.append(replace(layer, dtype=dtype, bias=bias))
         sources.extend(found)
     check_overrides(scheme, layers)
-    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources}, checkpoint.config)
+    claimed = {source.tensor.name for source in sources}
+    if encoding is not None:
+        claimed |= {name for name in checkpoint.tensors if name.endswith(encoding.ignored)}
+    kept = family.unclaimed(checkpoint.tensors, claimed, config)
     if with_dense:
         _check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
-    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
+    if encoding is not None:
+        _require_same_numbers(plans, scheme, encoding)
+    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense, encoding)
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
             f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak: experts "
@@ -257,6 +277,24 @@ def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
                 f"{scheme.where(('overrides', index))}: overrides.{index} selects nothing: this model has MoE layers "
                 f"{moe} with experts 0-{most - 1}"
             )
+
+
+def _require_same_numbers(layers: Sequence[LayerPlan], scheme: Scheme, encoding: Encoding) -> None:
+    """Raise SchemeError where a scheme wants other numbers than are stored and does not say `requantize: true`."""
+    for layer in layers:
+        for group in layer.groups:
+            for projection in layer.layer.projections:
+                spec = group.ctx.spec(projection)
+                if encoding.matches(spec) or scheme.requantize:
+                    continue
+                wanted = "unquantized weights" if spec is None else spec.describe()
+                stored = encoding.spec.model_dump(mode="json", exclude_defaults=True)
+                raise SchemeError(
+                    f"{scheme.where(('weights',))}: the checkpoint is already quantized ({encoding.label}), and the "
+                    f"scheme asks for {wanted} in layer {layer.layer.index}, {projection}. To keep what is stored, ask "
+                    f"for it: weights: {stored}. To dequantize it and quantize again, which adds one error to another, "
+                    "write requantize: true"
+                )
 
 
 def _plan_group(
