@@ -489,7 +489,7 @@ def tune_kernels(
     from moeplug.kernels import tuned, tuning
 
     registry = _registry(disable)
-    wanted = _shapes(model, shapes)
+    wanted = _shapes(model, shapes, registry)
     counts = _numbers("--m", tokens) if tokens is not None else tuple(2**i for i in range(14))
     if dry_run:
         registry.scheme(scheme)  # what would be refused is refused
@@ -537,7 +537,7 @@ def _tune(
         click.echo(f"{len(session.cells)} cells in {session.run['seconds']} s: {session.path}")
 
 
-def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]]:
+def _shapes(model: Path | None, shapes: tuple[str, ...], registry: Registry) -> list[tuple[int, ...]]:
     """Return the distinct (E, H, I, T) that are asked for."""
     found = [_numbers("--shape", shape, 4) for shape in shapes]
     if any(T > E for E, _, _, T in found):
@@ -549,7 +549,7 @@ def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]
         config = read_config(model)
         found += [
             (layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.experts_per_token)
-            for layer in find_family(config).layers(config)
+            for layer in find_family(config, registry.families()).layers(config)
         ]
     if not found:
         raise UsageError("tune-kernels needs sizes: --model MODEL, or --shape E,H,I,T, for example 128,2048,768,8")

@@ -153,6 +153,11 @@ def print_plan(plan: Plan) -> None:
     _print_lines(
         console,
         ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {len(plan.sources):,} expert weights"),
+        *(
+            []
+            if plan.encoding is None
+            else [("stored as", f"{plan.encoding.label}; kept where the scheme asks for it")]
+        ),
         ("other weights", f"{len(plan.kept):,} tensors, {size(plan.dense_bytes)}, kept as they are"),
         ("peak", f"{size(plan.peak_bytes)} on {plan.device}, {size(plan.transient_bytes)} of it only while loading"),
     )

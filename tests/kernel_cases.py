@@ -266,6 +266,7 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
     "float32-fp8": both(SPECS["fp8-channel"], dtype="float32"),
     "float16-int8": both(WeightSpec(format="int8"), dtype="float16", activation="gelu"),
     "int8": both(WeightSpec(format="int8"), bias=True, activation="swiglu_clamped"),
+    "no-gate": both(WeightSpec(format="int8"), gated=False, activation="relu2"),
     "int8-bytes": both(WeightSpec(format="int8"), H=2000, I=760),
     "int8-g32-asym": both(grouped_of("int8", 32, symmetric=False)),
     "int8-g48-asym": both(grouped_of("int8", 48, symmetric=False), H=1920),

@@ -229,6 +229,7 @@ def test_without_plugins_the_families_are_moeplugs_own():
 
 def test_the_page_about_families_names_every_family():
     page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
-    named = [name.strip() for row in rows[1:] for name in row.split(",")]
+    table = page[page.index("| family |") :].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = [name.strip() for row in rows for name in row.split(",")]
     assert sorted(named) == sorted(t for family in known_families() for t in family.model_types)

@@ -11,7 +11,7 @@ import torch
 from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.encoded import Encoding
 from moeplug.checkpoint.family import Family
-from moeplug.checkpoint.locate import WeightSource
+from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
 from moeplug.errors import CheckpointError, RefusedError, SchemeError
 from moeplug.formats import NumberFormat, Unquantized
@@ -57,10 +57,13 @@ class LayerPlan:
 
     layer: LayerSpec
     groups: tuple[GroupPlan, ...]
+    encoded_bytes: int | None = None  # of a layer that is quantized already
 
     @property
     def bytes_before(self) -> int:
-        """Return the bytes of the layer's expert weights in the checkpoint's dtype."""
+        """Return the bytes of the layer's expert weights in the checkpoint."""
+        if self.encoded_bytes is not None:
+            return self.encoded_bytes
         layer = self.layer
         weights = len(layer.projections) * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
         return layer.num_experts * (weights + bytes_of_biases(layer))
@@ -133,7 +136,7 @@ class Plan:
         # 1 MiB: error sums, slot tables, and what allocators round up.
         if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
             largest = max(l.layer.hidden_size * l.layer.intermediate_size for l in self.layers)
-            scratch += 8 * largest + max(layer.bytes_before // 8 for layer in self.layers)
+            scratch += 8 * largest + max(layer.bytes_before for layer in self.layers) // 8
             return staged * self.read_buffer_bytes + scratch + (1 << 20)
         return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
 
@@ -163,6 +166,7 @@ class Plan:
             "dense_tensors": len(self.kept),
             "transient_bytes": self.transient_bytes,
             "peak_bytes": self.peak_bytes,
+            "quantized_already": None if self.encoding is None else self.encoding.label,
             "notes": list(self.checkpoint.notes),
         }
 
@@ -205,6 +209,9 @@ def plan_model(
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
     if encoding is not None:
         _require_same_numbers(plans, scheme, encoding)
+        read = {piece: held[0].layer for piece, held in by_piece(sources).items()}
+        sizes = {index: sum(p.nbytes for p, i in read.items() if i == index) for index in set(read.values())}
+        plans = tuple(replace(plan, encoded_bytes=sizes[plan.layer.index]) for plan in plans)
     plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense, encoding)
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
