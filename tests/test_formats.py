@@ -32,6 +32,7 @@ from moeplug.quantization import (
     scale_values,
     squared_error,
 )
+from moeplug.registry import Registry
 from moeplug.spec import ActivationSpec, WeightSpec
 
 E, H, I = 3, 256, 128
@@ -393,11 +394,8 @@ def test_activation_formats_come_from_any_installed_plugin_and_spare_unquantized
 
 
 def test_the_scheme_int4_fp8_changes_no_stored_byte_and_little_of_the_result():
-    registry, weights = Registry.discover(), layer_weights()  # fp8 is another plugin's: this registry has it in any case
-    sixteen, eight = (
-        moeplug.quantize_experts(*weights, registry.scheme(name), registry=registry)
-        for name in ("int4-g128", "int4-fp8")
-    )
+    weights = layer_weights()
+    sixteen, eight = (moeplug.quantize_experts(*weights, name) for name in ("int4-g128", "int4-fp8"))
     assert "int4 g128, fp8 token activations" in repr(eight)
     for name in ("w13", "w2", "w13_scale", "w2_scale"):
         assert torch.equal(getattr(sixteen.groups[0], name), getattr(eight.groups[0], name))

@@ -441,8 +441,8 @@ def _product_in_halves(
 ):  # fmt: skip
     """Return what `_product` does where sums of whole tiles are scaled, half the columns at a time.
 
-    A step's sum needs registers of its own beside the accumulator: 128 of each spill, 64 and 128 do not, so a program of
-    four warps has a 128 x 128 tile, and two programs share a multiprocessor: one multiplies while the other scales.
+    A step's sum needs registers beside the accumulator's: 128 of each spill, 64 and 128 do not. So four warps do
+    a 128 x 128 tile, and two programs share a multiprocessor: one multiplies while the other scales.
     """
     acc0 = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)

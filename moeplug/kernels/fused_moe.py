@@ -490,7 +490,7 @@ def _descriptor(elements: _Elements, blocks: Blocks, halves: bool) -> Any:
 
 
 def _in_halves(operand: Operand, blocks: Blocks) -> bool:
-    """Return whether a tile's columns are summed half by half, because each step's sum is scaled and registers are short.
+    """Return whether a tile's columns are summed half by half: each step's sum is scaled, and registers are short.
 
     Where blocks of scales hold whole tiles and whole steps; weights and activations are multiplied as they are stored.
     """
