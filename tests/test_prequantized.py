@@ -269,6 +269,15 @@ def test_a_missing_scale_and_a_wrong_shape_are_named(stored):
         moeplug.plan(folder, scheme_of(spec), device="cpu")
 
 
+def test_a_scale_that_is_not_finite_is_refused(stored):
+    _, folder, spec = stored("int8")
+    name = "model.layers.0.mlp.experts.1.down_proj.weight_scale"
+    helpers.edit_tensors(folder / "model.safetensors", lambda t: t[name].view(-1)[3:4].fill_(torch.nan))
+    for scheme in (scheme_of(spec), scheme_of(WeightSpec(format="int8", strategy="tensor"), requantize=True)):
+        with pytest.raises(CheckpointError, match=r"layer 0.* down.*(NaN|nan)"):
+            moeplug.load(folder, scheme, device="cpu")
+
+
 def test_a_scheme_that_requantizes_has_another_hash_and_older_ones_keep_theirs():
     spec = WeightSpec(format="int8")
     hashes = {scheme_of(spec).sha256, scheme_of(spec, requantize=False).sha256}

@@ -210,6 +210,11 @@ class _GroupBuilder:
                 f"{origin}: layer {ctx.layer.index}, {projection}: {what} is none that {spec.describe()} with "
                 f"scale_dtype: {spec.scale_dtype} has; use scale_dtype: float32, or requantize: true"
             )
+        if not bool(torch.isfinite(kept.values(values.shape[1])).all()):
+            raise CheckpointError(
+                f"{origin}: layer {ctx.layer.index}, {projection}: a stored scale is NaN or infinite; "
+                "the file is damaged: get it again"
+            )
         store.put(projection, slot, kept)
 
     def _open(self) -> tuple[dict[str, Tensor], ScaleStore]:
