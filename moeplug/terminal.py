@@ -151,9 +151,10 @@ def print_plan(plan: Plan) -> None:
     for name, reason in sorted(reasons):
         console.print(f"  not chosen: {name}: {reason}", soft_wrap=True)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
+    weights = sum(source.role == "weight" and not source.of_bias for source in plan.sources)
     _print_lines(
         console,
-        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {len(plan.sources):,} expert weights"),
+        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {weights:,} expert weights"),
         *(
             []
             if plan.encoding is None

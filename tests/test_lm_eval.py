@@ -48,6 +48,13 @@ def run(*arguments, cwd: Path):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=600)
 
 
+def test_scores_are_printed_beside_each_other_with_their_difference(capsys):
+    from moeplug import terminal
+
+    terminal.print_task_scores("int8", {"reference_scores": {"t": {"acc": 0.5}}, "scheme_scores": {"t": {"acc": 0.25}}})
+    assert capsys.readouterr().out.split("\n")[1].split() == ["t", "acc", "0.5000", "0.2500", "-0.2500"]
+
+
 @needs_harness
 def test_a_local_task_scores_int8_beside_bf16(task, tmp_path):
     done = run("eval", "-s", "int8", "--device", "cpu", "--lm-eval", task, "--json", cwd=tmp_path)

@@ -170,6 +170,13 @@ def test_other_numbers_are_refused_with_what_is_stored_unless_the_scheme_says_re
     assert float((out - expected).norm() / expected.norm()) < 0.005
 
 
+def test_a_plan_says_what_is_stored_and_counts_its_bytes(stored):
+    _, folder, spec = stored("int4-g32")
+    planned = moeplug.plan(folder, scheme_of(spec), device="cpu")
+    assert planned.as_dict()["quantized_already"] == "compressed-tensors int4 g32"
+    assert planned.expert_bytes_before == planned.expert_bytes_after == 48 * 64 * 96 * (4 + 32 / 32) // 8
+
+
 def test_float32_scales_do_not_become_16_bit_ones_silently(stored):
     _, folder, spec = stored("int8")
     with pytest.raises(CheckpointError, match=r"a scale is none that int8 channel with scale_dtype: bfloat16 has"):
