@@ -50,10 +50,15 @@ def _check_pattern(pattern: str) -> str:
     if not all(segments) or not pattern.isprintable():
         raise ValueError("a tensor name has dotted, printable, non-empty segments")
     for segment in segments:
-        if ("{" in segment or "}" in segment) and segment not in (LAYER, EXPERT, EXTRA):
+        if ("{" in segment or "}" in segment) and segment not in (LAYER, EXPERT):
             raise ValueError(f"{segment!r}: only {LAYER} and {EXPERT} are filled in, each as a whole segment")
     if segments.count(LAYER) > 1 or segments.count(EXPERT) > 1:
         raise ValueError(f"{LAYER} and {EXPERT} may be there once")
+    return pattern
+
+
+def _check_ignored(pattern: str) -> str:
+    _check_pattern(".".join("0" if segment == EXTRA else segment for segment in pattern.split(".")))
     return pattern
 
 
@@ -346,7 +351,7 @@ class Descriptor(Strict):
     routing: RoutingRule
     shared: SharedExpert | None = None
     keep: list[Segments] = Field(default_factory=list)
-    ignore: list[Segments] = Field(default_factory=list)
+    ignore: list[Annotated[StrictStr, AfterValidator(_check_ignored)]] = Field(default_factory=list)
     transformers: TransformersNames
     tiny: dict[StrictStr, Any] = Field(default_factory=dict)
     unproven: StrictBool = False
