@@ -490,7 +490,7 @@ BAD_DESCRIPTORS: dict[str, tuple[str, str, str]] = {
     "part_of_a_segment": ("{layer}.mlp.experts.down_proj", "{layer}.mlp.down_{layer}", "whole segment"),
     "unknown_blank": ("{layer}.mlp.experts.down_proj", "{layer}.{block}.down", "whole segment"),
     "extra_elsewhere": ("{layer}.mlp.experts.down_proj", "{layer}.{extra}.down_proj", "whole segment"),
-    "ignored_blank": ("activation: silu", "activation: silu\nignore: [\"a.{later}\"]", "whole segment"),
+    "ignored_blank": ("activation: silu", 'activation: silu\nignore: ["a.{later}"]', "whole segment"),
     "empty_segment": ("mlp.experts.down_proj", "mlp..down_proj", "non-empty segments"),
     "expert_in_fused": ("mlp.experts.down_proj", "mlp.{expert}.down", "{expert} is in every name"),
     "fused_and_gate": ("  - gate_up:", "  - gate: a.{layer}\n    gate_up:", "already holds gate and up"),

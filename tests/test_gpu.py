@@ -190,5 +190,5 @@ def test_block_scales_in_halves_of_a_tile_give_the_references_numbers():
     arguments = hidden, torch.rand(M, 2, generator=g), torch.randint(-1, 4, (M, 2), generator=g)
     expected = moeplug.quantize_experts(w13, w2, "fp8-block")(*arguments)  # on the CPU
     out = experts(*on_gpu(arguments), out=torch.full((M, H), torch.nan, dtype=torch.bfloat16, device="cuda"))
-    # Values within one unit of a rounding boundary of fp8 may differ, and one such value moves a sum by 2**-4 of itself.
+    # Values within one unit of a rounding boundary of fp8 may differ, and one such value moves a sum by 2**-4 of it.
     assert relative(out, expected) < 0.01
