@@ -33,7 +33,7 @@ from moeplug.hookspecs import StageContext
 from moeplug.integrations.compressed_tensors import CompressedTensors
 from moeplug.integrations.fp8_checkpoints import Fp8Checkpoints
 from moeplug.moe.experts import QuantizedExperts
-from moeplug.moe.layout import PROJECTIONS, Projection
+from moeplug.moe.layout import Projection
 from moeplug.pipeline import Job, Plan, Progress, dense_pieces, one_torch_thread, require_finite, torch_dtype
 from moeplug.pipeline.builder import LayerErrors
 from moeplug.pipeline.load import load
@@ -386,11 +386,12 @@ class LayerWriting(Writing):
         found = {name: (_dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._planned[layer]}:
             raise SchemeError(
-                f"layer {layer}: a plugin made buffers of its own, which no export can say; load it instead"
+                f"layer {layer}: has buffers beside weights and scales (biases, or a plugin's own), and no export says "
+                "them; load it instead"
             )
         for name, tensor in tensors.items():
             self._write(name, 0, tensor)
-        weights = len(PROJECTIONS) * experts.layer.num_experts
+        weights = len(experts.layer.projections) * experts.layer.num_experts
         self._note_errors(self._planned[layer][0].name, layer, errors, weights)
 
     def quantization_config(self) -> dict[str, Any]:
@@ -409,6 +410,8 @@ class LayerWriting(Writing):
 def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
     """Return the form of this name; SchemeError where it cannot say what the plan does."""
     contexts = [group.ctx for layer in plan.layers for group in layer.groups]
+    if any(source.of_bias for source in plan.sources):
+        raise SchemeError(f"the experts have biases, which no form of {form} has; load the model instead")
     for layer in plan.layers:
         if len(layer.groups) > 1:
             raise SchemeError(f"layer {layer.layer.index}: {form} cannot say that experts differ; use --format moeplug")
@@ -422,17 +425,17 @@ def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
     return PER_EXPERT[form](contexts)
 
 
-def _per_expert_patterns(plan: Plan) -> dict[Projection, str]:
+def _per_expert_patterns(plan: Plan) -> dict[str, str]:
     """Return the family's own names of a tensor per expert weight."""
     for form in plan.family.descriptor.disk:
-        if form.gate_up is None and form.gate is not None and form.up is not None:
-            return {"gate": form.gate, "up": form.up, "down": form.down}
+        if not form.stacked and "gate_up" not in form.weights:
+            return form.weights
     raise SchemeError(
         f"family {plan.family.name} has its experts only fused, and this format has none; use --format moeplug"
     )
 
 
-def _moved_folders(plan: Plan, patterns: Mapping[Projection, str]) -> dict[str, str]:
+def _moved_folders(plan: Plan, patterns: Mapping[str, str]) -> dict[str, str]:
     """Return what names in an MoE block begin with in the source → in files with a tensor per expert, where it differs.
 
     Mixtral's fused files call block_sparse_moe mlp.

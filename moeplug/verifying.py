@@ -123,7 +123,9 @@ def _plan_again(source: Checkpoint, made: Mapping[str, Any], registry: Registry,
     """Return the plan that an export was made by: its scheme for this model."""
     scheme = Scheme.from_text(made["scheme"]["yaml"], MANIFEST)
     activate_plugins(scheme, registry, device)
-    return plan_model(source, find_family(source.config), scheme, registry, device, with_dense=True)
+    return plan_model(
+        source, find_family(source.config, registry.families()), scheme, registry, device, with_dense=True
+    )
 
 
 def _comparing(plan: Plan, registry: Registry, made: Mapping[str, Any]) -> _Comparing:

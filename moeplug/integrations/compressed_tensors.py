@@ -19,7 +19,7 @@ from torch import Tensor
 from moeplug.errors import SchemeError
 from moeplug.formats import NumberFormat
 from moeplug.hookspecs import StageContext
-from moeplug.moe.layout import PROJECTIONS, Projection
+from moeplug.moe.layout import Projection
 from moeplug.quantization import E4M3, E8M0, Scales, decode, groups, row_chunks, scale_values
 from moeplug.scratch import scratch
 from moeplug.spec import ActivationSpec, WeightSpec
@@ -84,7 +84,7 @@ class CompressedTensors:
         self._members: dict[str, dict[Projection, list[int]]] = {}
         self._forms: dict[tuple[WeightSpec, ActivationSpec | None], str] = {}
         for ctx in contexts:
-            for projection in PROJECTIONS:
+            for projection in ctx.layer.projections:
                 self._add(ctx, projection)
         if not self._groups:
             raise SchemeError("the scheme quantizes nothing; there is nothing to export")

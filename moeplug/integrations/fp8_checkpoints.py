@@ -10,7 +10,7 @@ from torch import Tensor
 from moeplug.errors import SchemeError
 from moeplug.hookspecs import StageContext
 from moeplug.integrations.compressed_tensors import compression, pack, unpack
-from moeplug.moe.layout import PROJECTIONS, Projection
+from moeplug.moe.layout import Projection
 from moeplug.quantization import Scales
 
 BLOCK: Final = (128, 128)
@@ -21,7 +21,7 @@ class Fp8Checkpoints:
 
     def __init__(self, contexts: Iterable[StageContext]) -> None:
         for ctx in contexts:
-            for projection in PROJECTIONS:
+            for projection in ctx.layer.projections:
                 _check(ctx, projection)
 
     def pack(self, ctx: StageContext, projection: Projection, stored: Tensor, scales: Scales) -> dict[str, Tensor]:

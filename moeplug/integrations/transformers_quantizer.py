@@ -42,18 +42,22 @@ class MoeplugHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise CheckpointError(f"quant_method {QUANT_METHOD} needs the folder of an export; found no weight files")
         self._export = Checkpoint.open(Path(checkpoint_files[0]).parent)
+        from moeplug.integrations.transformers import experts_path
+
         plan = plan_stored(self._export, Registry.discover(), torch.device("cpu"), with_dense=False)
         for layer in plan.layers:
-            model.set_submodule(layer.layer.name, torch.nn.Identity())  # without parameters: nothing is missing
+            path = experts_path(model, plan.family, layer.layer)
+            model.set_submodule(path, torch.nn.Identity())  # without parameters: nothing is missing
             model._keys_to_ignore_on_load_unexpected.add(rf"^{re.escape(layer.layer.name)}\.groups\.")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from moeplug.integrations.transformers import TransformersExperts
+        from moeplug.integrations.transformers import TransformersExperts, experts_path, replace_block
 
         registry = Registry.discover()
         plan = plan_stored(self._export, registry, model.device, with_dense=False)
         for experts in run(plan, registry, None, TransformersExperts, StoredJob).layers.values():
-            model.set_submodule(experts.layer.name, experts)
+            model.set_submodule(experts_path(model, plan.family, experts.layer), experts)
+            replace_block(model, plan.family, experts.layer)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return False: `moeplug export` writes such a folder, save_pretrained does not."""

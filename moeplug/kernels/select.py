@@ -100,11 +100,18 @@ class Selection:
     against: tuple[tuple[str, str], ...]
 
 
+def _reason_against_rows(kernel: Kernel, request: KernelRequest) -> str | None:
+    """Return why a kernel's layout has no place for these experts: one that was written for gates takes no others."""
+    if request.layer.gated or kernel.layout_for(request).gate_up == "up":
+        return None
+    return "wants gate and up, but the experts have no gate"
+
+
 def select_kernel(request: KernelRequest, kernels: Iterable[Kernel]) -> Selection:
     """Return the first kernel that serves the request; raise SchemeError with every reason if none does."""
     chosen, against = None, []
     for kernel in kernels:
-        reason = kernel.reason_against(request)
+        reason = kernel.reason_against(request) or _reason_against_rows(kernel, request)
         if reason is None and chosen is None:
             chosen = kernel
         else:

@@ -43,7 +43,7 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
     manifest = read_record(checkpoint.path)
     made, errors = manifest["made"], recorded_errors(manifest)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    family = find_family(config)
+    family = find_family(config, registry.families())
     scheme = Scheme.from_text(made["scheme"]["yaml"], str(checkpoint.path / MANIFEST))
     activate_plugins(scheme, registry, device)
     layers = family.layers(config)
