@@ -386,7 +386,7 @@ class LayerWriting(Writing):
         found = {name: (_dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._planned[layer]}:
             raise SchemeError(
-                f"layer {layer}: has buffers beside weights and scales (biases, or a plugin's own), and no export says "
+                f"layer {layer}: has buffers beside weights, biases and scales, a plugin's own, and no export says "
                 "them; load it instead"
             )
         for name, tensor in tensors.items():
@@ -411,7 +411,7 @@ def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
     """Return the form of this name; SchemeError where it cannot say what the plan does."""
     contexts = [group.ctx for layer in plan.layers for group in layer.groups]
     if any(source.of_bias for source in plan.sources):
-        raise SchemeError(f"the experts have biases, which no form of {form} has; load the model instead")
+        raise SchemeError(f"the experts have biases, which {form} has no words for; use --format moeplug")
     for layer in plan.layers:
         if len(layer.groups) > 1:
             raise SchemeError(f"layer {layer.layer.index}: {form} cannot say that experts differ; use --format moeplug")

@@ -258,6 +258,28 @@ def test_from_pretrained_reads_our_own_form_once_moeplug_is_imported(tiny_checkp
     assert torch.equal(torch.load(target / "logits.pt").double(), logits(loaded.model))
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "llama4_text", "deepseek_v3"])
+def test_experts_with_biases_without_gates_or_fused_alone_are_exported_too(tmp_path, model_type):
+    from moeplug.checkpoint.family import known_families
+    from moeplug.integrations.family_check import tiny_model
+
+    family = next(family for family in known_families() if model_type in family.model_types)
+    tiny_model(family, model_type).save_pretrained(tmp_path / "source")
+    api.export(tmp_path / "source", "int8", tmp_path / "export", "moeplug")
+    moeplug.verify(tmp_path / "export", tmp_path / "source")
+    loaded = [
+        moeplug.load(*arguments, runtime="transformers", device="cpu").model
+        for arguments in ((tmp_path / "source", "int8"), (tmp_path / "export",))
+    ]
+    assert torch.equal(logits(loaded[0]), logits(loaded[1]))
+    if model_type in ("gpt_oss", "llama4_text"):
+        with pytest.raises(SchemeError, match="use --format moeplug"):
+            api.export(tmp_path / "source", "int8", tmp_path / "other")
+    else:
+        api.export(tmp_path / "source", "int8", tmp_path / "other")
+        moeplug.verify(tmp_path / "other", tmp_path / "source")
+
+
 def test_our_own_form_says_experts_that_differ(tiny_checkpoint, tmp_path):
     text = (
         "api: 1\nname: mixed\nplugin: int8\nweights: {format: int8}\n"
@@ -330,7 +352,7 @@ def test_buffers_that_a_plugin_makes_itself_are_not_exported(tiny_checkpoint, tm
         return made(registry, ctx, store) | {"w2_sums": torch.zeros(3)}
 
     monkeypatch.setattr(builder, "create_scales", with_more)
-    with pytest.raises(SchemeError, match="layer 0: has buffers beside weights and scales"):
+    with pytest.raises(SchemeError, match="layer 0: has buffers beside weights, biases and scales"):
         api.export(tiny_checkpoint("qwen3_moe"), "int8", tmp_path / "export", "moeplug")
     assert list(tmp_path.iterdir()) == []
 

@@ -52,7 +52,14 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
         raise CheckpointError(
             f"{checkpoint.path}: {MANIFEST} knows nothing of layer {unknown[0]}, which config.json has"
         )
-    layers = [replace(layer, dtype=made["dtypes"][str(layer.index)]) for layer in layers]
+    layers = [
+        replace(
+            layer,
+            dtype=made["dtypes"][str(layer.index)],
+            bias=f"{layer.name}.groups.0.w2_bias" in checkpoint.tensors,
+        )
+        for layer in layers
+    ]
     prefixes = tuple(f"{layer.name}.groups." for layer in layers)
     kept = tuple(tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(prefixes))
     if with_dense:
@@ -86,6 +93,10 @@ class StoredGroup:
             name: torch.empty(shape, dtype=dtype, device=ctx.device)
             for name, (shape, dtype) in buffer_shapes(ctx).items()
         }
+        if ctx.layer.bias:
+            dtype, E = getattr(torch, ctx.layer.dtype), len(ctx.experts)
+            rows = {"w13_bias": ctx.layer.w13_rows, "w2_bias": ctx.layer.hidden_size}
+            self._weights |= {name: torch.empty(E, n, dtype=dtype, device=ctx.device) for name, n in rows.items()}
         self._scales = ScaleStore(ctx).tensors
         self._staged: dict[str, Tensor] | None = None
 
