@@ -22,7 +22,7 @@ from moeplug.errors import (
 if TYPE_CHECKING:
     from moeplug.api import Loaded, load, plan, quantize_experts
     from moeplug.formats import NumberFormat
-    from moeplug.hookspecs import StageContext, hookimpl
+    from moeplug.hookspecs import LoadEvent, StageContext, hookimpl
     from moeplug.moe.experts import QuantizedExperts
     from moeplug.quantization import Scales
     from moeplug.scheme import Scheme
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "LoadEvent": "moeplug.hookspecs",
     "Loaded": "moeplug.api",
     "NumberFormat": "moeplug.formats",
     "QuantizedExperts": "moeplug.moe.experts",
@@ -45,6 +46,7 @@ _LAZY = {
 __all__ = [
     "CheckpointError",
     "InputOutputError",
+    "LoadEvent",
     "Loaded",
     "MoeplugError",
     "NumberFormat",

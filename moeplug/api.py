@@ -24,7 +24,9 @@ from moeplug.errors import UsageError
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
 from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
+from moeplug.pipeline.explain import Explanation, explain_model
 from moeplug.pipeline.plan import activate_plugins
+from moeplug.pipeline.setup_kernel import device_of
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
 
@@ -78,6 +80,29 @@ def plan(
     if runtime is not None:
         _empty_model(planned)  # what a load would refuse is refused here
     return planned
+
+
+def explain(
+    model: str | Path | None = None,
+    scheme: str | Path | Scheme | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dummy: bool = False,
+    observe: Iterable[str] = (),
+    registry: Registry | None = None,
+) -> Explanation:
+    """Return who would answer each stage, which kernel each layer gets and why, here and on other devices.
+
+    Arguments as in `load`. Nothing is refused for its device: the explanation says what stands against it.
+    """
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, None)
+    for name in observe:
+        registry.observe(name)
+    source, family = open_source(model, dummy)
+    return explain_model(source, family, resolved, registry, device_of(found))
 
 
 def load(
