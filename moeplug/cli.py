@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,11 @@ from moeplug import __version__
 from moeplug.errors import InputOutputError, MoeplugError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moeplug.api import Loaded
     from moeplug.evaluation import Inputs
+    from moeplug.mixed import Sample, Task
     from moeplug.pipeline import Plan
     from moeplug.registry import Registry
 
@@ -373,6 +377,166 @@ def schema(kind: Literal["scheme", "plugin"]) -> None:
     click.echo(json.dumps(generate_schema(kind), indent=2))
 
 
+@cli.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    required=True,
+    callback=lambda ctx, param, value: parse_size(value),
+    help="The most device memory that loading the result may need at its peak, as --budget of `plan` and `load`: 12GB "
+    "(10^9), 12GiB (2^30). Weights outside the experts count unless --runtime none.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The scheme file to write.")
+@click.option(
+    "--candidates",
+    metavar="NAME,...",
+    help="Installed schemes or scheme files to choose from, and none for unquantized. Default: none, and every "
+    "installed scheme that fits and leaves activations in 16 bits.",
+)
+@click.option(
+    "--per",
+    type=click.Choice(["layer", "expert", "projection"]),
+    default="expert",
+    show_default=True,
+    help="Choose for whole layers, for each expert, or for each expert's gate_up and down. Finer is more accurate; "
+    "each way of storing that a layer mixes is one more kernel call.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A UTF-8 text like those the model will meet. Default with the demo: its own.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2),
+    default=4096,
+    show_default=True,
+    help="Use only the first tokens of the text. Each takes hidden size x 2 bytes a layer on the host.",
+)
+@click.option(
+    "--run-as",
+    metavar="FILE|NAME",
+    default="none",
+    show_default=True,
+    help="How the model runs on the text: unquantized, or under a scheme where that does not fit, such as int8.",
+)
+@click.option("--data-free", is_flag=True, help="Judge by the weights alone: no text, and the model is not run.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "none"]),
+    default="transformers",
+    show_default=True,
+    help="What the result will be loaded with: what the budget counts.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def tune(
+    model: Path | None, budget: int, out: Path, candidates: str | None, per: Literal["layer", "expert", "projection"],
+    text: Path | None, max_tokens: int, run_as: str, data_free: bool, device: str | None, runtime: str, as_json: bool,
+    disable: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Choose how each expert is stored so that MODEL fits a budget with the least error, and write the scheme.
+
+    \b
+    moeplug tune MODEL --budget 12GB --text FILE -o my.yaml
+    moeplug tune MODEL --budget 12GB --text FILE -o my.yaml --candidates int8,int8-g32,none --per layer
+    moeplug tune MODEL --budget 12GB --data-free -o my.yaml
+    moeplug load MODEL --scheme ./my.yaml --budget 12GB
+
+    The model reads the text, and what its experts are given is kept. Then the checkpoint is read once more, one expert
+    at a time: each candidate quantizes it, and the error of its output on its own tokens, weighted by the router, is
+    measured. A solver finds the choice with the least sum of errors within the budget. A budget that no choice fits is
+    refused (exit code 6) before anything is read.
+
+    This chooses numbers for weights. `moeplug tune-kernels` chooses tilings for a GPU, and changes no result.
+    """
+    from moeplug import api, mixed, terminal
+
+    if data_free and text is not None:
+        raise UsageError("--data-free uses no text: leave out --data-free or --text")
+    if model is None:
+        terminal.note(f"no MODEL was given: tuning for the demo checkpoint ({api.demo_checkpoint()})")
+        text = text if text or data_free else api.demo_checkpoint().parent / "heldout.txt"
+    if text is None and not data_free:
+        raise UsageError("tune needs --text FILE, what the model reads while it is measured; or --data-free")
+    mixed.require_solver()
+    registry = _registry(disable)
+    wanted = None if candidates is None else mixed.find_candidates(candidates.split(","), registry)
+    task = mixed.Task.open(
+        model, wanted or mixed.default_candidates(registry), registry=registry, per=per, device=device,
+        with_dense=runtime == "transformers", left_out=terminal.note if wanted is None else None,
+    )  # fmt: skip
+    task.require_possible(budget)
+    terminal.check_writable(out)
+    samples = None
+    if text is not None:
+        ids = _inputs(task.any_plan, None, text, max_tokens).ids
+        assert ids is not None
+        samples = _capture(task, run_as, ids)
+    with terminal.progress_bar("measuring experts") as progress:
+        errors = mixed.measure(task, samples, progress)
+    choice = mixed.choose(task, errors, budget)
+    choice.write(out, text)
+    if as_json:
+        terminal.print_json(choice.as_dict() | {"scheme": str(out)})
+    else:
+        terminal.print_choice(choice, out)
+
+
+def _capture(task: Task, run_as: str, ids: Tensor) -> dict[int, Sample]:
+    """Return what each layer's experts are given on a text; the model is gone afterwards."""
+    from moeplug import api, mixed, terminal
+
+    scheme = mixed.unquantized().scheme if run_as == mixed.NONE else run_as
+    with terminal.progress_bar(f"loading, {run_as}") as progress:
+        loaded = api.load(
+            task.checkpoint.path, scheme, device=task.device, runtime="transformers", progress=progress,
+            registry=task.registry,
+        )  # fmt: skip
+    with terminal.progress_bar("reading the text", unit="tokens") as progress:
+        return mixed.capture(loaded, ids, progress)
+
+
+@cli.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The folder in which moeplug-NAME is made. Default: this one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the folder, its files and the next commands as JSON.")
+def new_plugin(name: str, into: Path, as_json: bool) -> None:
+    """Write a plugin to start from: a distribution moeplug-NAME that installs, loads and passes its tests.
+
+    \b
+    moeplug new-plugin mine
+    cd moeplug-mine
+    pip install -e ".[test]"
+    moeplug load --scheme mine
+    pytest
+
+    It has a pyproject.toml with the entry point, plugin.yaml, hooks.py with a number format, a scheme, the conformance
+    tests and a CI file. NAME is what schemes will say under `plugin:`: a-z, 0-9 and '-'. Nothing is overwritten.
+    """
+    from moeplug.registry import Registry
+    from moeplug.scaffold import new_plugin as write
+
+    registry = Registry.discover()
+    formats = [fmt for manifest in registry.manifests().values() for fmt in manifest.formats]
+    files = write(name, into, {*(plugin.name for plugin in registry.plugins), *formats, *registry.scheme_files()})
+    folder = into / f"moeplug-{name}"
+    commands = [f"cd {shlex.quote(str(folder))}", 'pip install -e ".[test]"', f"moeplug load --scheme {name}", "pytest"]
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "files": [str(f) for f in files], "next": commands}, indent=2))
+        return
+    for file in files:
+        click.echo(file)
+    click.echo("\nNext:\n" + "\n".join(f"  {command}" for command in commands))
+
+
 @cli.command("tune-kernels")
 @click.option(
     "--scheme",
@@ -404,6 +568,8 @@ def tune_kernels(
     dry_run: bool, as_json: bool, disable: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Measure the Triton kernel's tiles on this GPU for a model's sizes, and keep the fastest.
+
+    It changes speed alone; `moeplug tune` chooses how experts are stored.
 
     \b
     moeplug tune-kernels --scheme int8 --model MODEL               for a model

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pluggy
 
@@ -145,7 +145,7 @@ class Registry:
         self._callers: dict[tuple[str, str | None], pluggy.HookCaller] = {}
 
     @classmethod
-    def discover(cls, disable: Iterable[str] = (), only: Iterable[str] | None = None) -> Registry:
+    def discover(cls, disable: Iterable[str] = (), only: Iterable[str] | None = None) -> Self:
         """Read the manifests of all installed plugins.
 
         disable: names to block. only: names to allow; None: those of MOEPLUG_PLUGINS, or all where it is not set.

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -249,6 +250,12 @@ class Scheme(BaseModel):
         """Return the scheme as YAML with its parents merged in: what was given, without defaults and comments."""
         data = self.model_dump(mode="json", exclude_unset=True, exclude={"extends"})
         return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def yaml_line(value: Any) -> str:
+    """Return plain data as YAML on one line, as schemes have it: {format: int8, strategy: channel}."""
+    # In a list: a plain scalar alone would be followed by a line of dots.
+    return yaml.dump([value], Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def find_scheme(name_or_path: str, installed: Mapping[str, Path]) -> Scheme:

@@ -24,6 +24,7 @@ from rich.text import Text
 from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
+    from moeplug.mixed import Choice
     from moeplug.pipeline import Plan, Report
     from moeplug.registry import Registry
     from moeplug.scheme import Scheme
@@ -223,6 +224,31 @@ def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
         console.print(f"{name:>16}  {value}", soft_wrap=True)
 
 
+def print_choice(choice: Choice, file: Path) -> None:
+    """Print what `tune` chose beside what each candidate alone would cost, and where the scheme is."""
+    console, errors = out(), choice.errors
+    counts = {option.name: count for option, count in choice.counts.items()}
+    table = _table("experts", "chosen", "alone: bytes", "peak", "error", "")
+    for row in choice.uniforms():
+        fits = "" if choice.fits(row) else "over budget"
+        costs = [size(row.expert_bytes), size(row.peak_bytes), f"{row.relative_rms:.5f}"]
+        table.add_row(row.candidate.name, str(counts.pop(row.candidate.name, 0)), *costs, fits)
+    for name, count in counts.items():  # gate_up and down as two candidates
+        table.add_row(name, str(count))
+    _print_wide(console, table)
+    console.print("errors: root mean square over the layers of ||output - exact|| / ||exact||", style="dim")
+    on = "the weights alone" if errors.data_free else f"{errors.tokens:,} tokens"
+    without = f"; {errors.unreached} got none and were judged by their weights" if errors.unreached else ""
+    before = choice.task.any_plan.expert_bytes_before
+    _print_lines(
+        console,
+        ("mixed", f"{size(choice.expert_bytes)} of experts, unquantized {size(before)}"),
+        ("error", f"{errors.relative_rms(choice.error):.5f}, at most {choice.gap:.3%} above the least possible"),
+        ("measured on", f"{on}, {len(errors.experts):,} experts{without}"),
+        ("scheme", str(file)),
+    )
+
+
 def print_plugins(registry: Registry) -> None:
     """Print a block per installed plugin: what it is, its state and the reason, what it brings, where it lies."""
     console = out()
@@ -284,6 +310,10 @@ def size(count: float) -> str:
 
 def _print_table(console: Output, plan: Plan, table: Table) -> None:
     console.print(f"{plan.checkpoint.path} under {plan.scheme.name} on {plan.device}", style="italic", soft_wrap=True)
+    _print_wide(console, table)
+
+
+def _print_wide(console: Output, table: Table) -> None:
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, needed)  # rich would cut numbers where a table is wider than the console
     console.print(table)

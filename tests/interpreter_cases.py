@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from moeplug.kernels.operands import operand
 from moeplug.kernels.schedule import Blocks, Schedule
 from moeplug.kernels.select import Device, ExpertsForward, KernelRequest
 from moeplug.spec import ActivationSpec, WeightSpec
+from moeplug.testing.interpreter import round_conversions
 
 H100: Final = Device("cuda", 0, (9, 0))
 
@@ -123,27 +123,9 @@ def slack(case: Case) -> float:
     return 2.0 if case.input_activations or case.intermediate else 1.0
 
 
-def round_conversions() -> None:
-    """Have the interpreter round conversions to narrower floats to nearest even, as GPUs do; it would truncate them."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    theirs = interpreter._convert_float
-    types = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
-
-    def rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source != tl.float32 or target not in types:
-            return theirs(data, source, target, rounding)
-        narrow = torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(types[target])
-        unsigned = {2: torch.uint16, 1: torch.uint8}[narrow.element_size()]
-        return narrow.view(unsigned).numpy().reshape(data.shape)
-
-    interpreter._convert_float = rounded
-
-
 def _decodes(name: str) -> bool:
     """Return whether the decode function of a format gives its values for every word, whatever is multiplied."""
-    from decode_words import decoded_and_expected
+    from moeplug.testing._decode_words import decoded_and_expected
 
     fmt, same = FORMATS[name], []
     for dtype in fmt.exact_in:

@@ -22,6 +22,12 @@ MIXED = Scheme.from_text(
     "api: 1\nname: mixed\nplugin: int8\nweights: {format: int8}\n"
     'overrides: [{experts: "1,5", weights: null}, {experts: "9-12", projections: [down], weights: null}]\n'
 )
+PLUGINS = Scheme.from_text(
+    "api: 1\nname: plugins\nplugin: int8\nweights: {format: int8}\noverrides:\n"
+    '  - {experts: "1,5", plugin: fp8, weights: {format: fp8}}\n'
+    '  - {experts: "9-12", plugin: mx, weights: {format: mxfp4, strategy: group, group_size: 32, '
+    "scale_dtype: float8_e8m0fnu}}\n"
+)
 
 
 def weights(dtype=torch.bfloat16):
@@ -58,7 +64,7 @@ def test_the_gpu_stores_the_bytes_that_the_cpu_stores(scheme):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", [*SCHEMES, PLAIN, MIXED], ids=[*SCHEMES, "plain", "mixed"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, PLAIN, MIXED, PLUGINS], ids=[*SCHEMES, "plain", "mixed", "plugins"])
 def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
     on_cpu = moeplug.quantize_experts(*weights(dtype), scheme)
     there = moeplug.quantize_experts(*on_gpu(weights(dtype)), scheme)
@@ -72,7 +78,7 @@ def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_word_decodes_to_what_the_format_says(name, dtype):
     """The roads that bits take on a GPU; the interpreter's tests see the plain conversions only."""
-    from decode_words import decoded_and_expected
+    from moeplug.testing._decode_words import decoded_and_expected
 
     decoded, expected = decoded_and_expected(FORMATS[name], dtype, "cuda")
     number = ~expected.isnan()  # e4m3 has one NaN, which is never stored
@@ -101,7 +107,7 @@ def test_a_state_dict_of_the_cpu_loads_on_the_gpu():
     assert relative(target(*on_gpu(tokens())), source(*tokens())) < 2**-7
 
 
-@pytest.mark.parametrize("scheme", ["int8", MIXED], ids=["int8", "mixed"])
+@pytest.mark.parametrize("scheme", ["int8", MIXED, PLUGINS], ids=["int8", "mixed", "plugins"])
 def test_a_captured_graph_replays_with_new_inputs(scheme):
     experts = moeplug.quantize_experts(*on_gpu(weights()), scheme)
     hidden, topk_weights, ids = on_gpu(tokens())

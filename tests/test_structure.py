@@ -36,12 +36,15 @@ FLOORS = [
     ("moeplug.manifest", 3),
     ("moeplug.schema", 4),
     ("moeplug.registry", 4),
+    ("moeplug.scaffold", 4),
     ("moeplug.checking", 5),
     ("moeplug.pipeline", 5),
     ("moeplug.integrations", 6),
     ("moeplug.evaluation", 6),
     ("moeplug.api", 7),
+    ("moeplug.mixed", 7),
     ("moeplug.terminal", 7),
+    ("moeplug.testing", 8),
     ("moeplug.cli", 8),
     ("moeplug.__main__", 9),
     ("moeplug", 0),
@@ -129,10 +132,21 @@ def test_importing_moeplug_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_pytest_loads_with_moeplug_imports_no_torch():
+    """The entry point under pytest11 is imported by every run of pytest, of whatever project."""
+    code = (
+        "import sys, moeplug.testing.pytest_plugin\n"
+        "heavy = {'torch', 'triton', 'numpy', 'pydantic', 'yaml', 'rich', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["load", "--help"], ["explain", "--help"], ["plugins"], ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"],
-     ["check", "schemes/int8.yaml"], ["schema", "scheme"], ["schema", "plugin"]],
+    [["--help"], ["load", "--help"], ["explain", "--help"], ["new-plugin", "--help"], ["plugins"], ["plugins", "--json"],
+     ["schemes"], ["schemes", "show", "int8"], ["check", "schemes/int8.yaml"], ["schema", "scheme"],
+     ["schema", "plugin"]],
     ids=" ".join,
 )  # fmt: skip
 def test_help_listing_and_checking_import_neither_torch_nor_triton(arguments):

@@ -34,12 +34,13 @@ ModuleClass = Callable[[LayerSpec, Sequence[ExpertGroup]], QuantizedExperts]
 class LayerErrors:
     """Relative RMS error of each expert weight: ||weight - decoded|| / ||weight||, over one layer.
 
-    worst_where: the worst one, for example "expert 5, down".
+    worst_where: the worst one, for example "expert 5, down". sum_of_squares: of the relative errors.
     """
 
     worst: float
     mean: float
     worst_where: str
+    sum_of_squares: float
 
 
 class LayerBuilder:
@@ -103,7 +104,7 @@ class LayerBuilder:
         worst = int(relative.argmax())
         expert, projection = divmod(worst, len(PROJECTIONS))
         where = f"expert {expert}, {PROJECTIONS[projection]}"
-        return LayerErrors(float(relative[worst]), float(relative.mean()), where)
+        return LayerErrors(float(relative[worst]), float(relative.mean()), where, float(relative.square().sum()))
 
     def _runs(self, experts: Sequence[int]) -> list[tuple[int, int]]:
         """Split a batch where slots stop being neighbours, so that each run is one slice of a buffer."""

@@ -1,0 +1,125 @@
+"""`moeplug new-plugin` writes a distribution that installs beside moeplug's wheel, passes its tests and loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moeplug.cli import cli
+from moeplug.errors import UsageError
+from moeplug.scaffold import new_plugin
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists())
+
+
+def wheel_of(source, folder):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(command, check=True)
+    return next(folder.glob(f"{source.name.replace('-', '_')}-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A virtual environment with moeplug's wheel; torch and pytest are those of the running one. Returns its bin."""
+    venv = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = (venv / "lib").glob("python*/site-packages")
+    shared = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "shared.pth").write_text("\n".join(shared))  # searched after site, and their own .pth files are not read
+    source = tmp_path_factory.mktemp("wheel") / "moeplug"
+    source.mkdir()
+    for name in ("moeplug", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    install(venv / "bin", wheel_of(source, source.parent))
+    return venv / "bin"
+
+
+def install(folder, wheel):
+    command = [sys.executable, "-m", "pip", "--python", folder / "python", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*command, wheel], check=True)
+
+
+GUIDE = (ROOT / "docs" / "plugin-guide.md").read_text()
+COMMANDS = re.search(r"```\n(moeplug new-plugin .*?)```", GUIDE, re.DOTALL)[1]
+# What the wheels need is there already. The environment has no console script of pytest.
+SHELL = """
+set -e
+pip() { python -m pip --python "$(command -v python)" "$@" -q --no-deps --no-build-isolation; }
+pytest() { python -m pytest "$@"; }
+"""
+
+
+def test_the_guides_commands_make_install_test_and_load_a_plugin(environment, tmp_path):
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MOEPLUG_PLUGINS")}
+    clean |= {"PATH": f"{environment}:{os.environ['PATH']}", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+
+    def ask(script):
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean, capture_output=True, text=True)
+
+    assert str(environment.parent) in ask("python -c 'import moeplug; print(moeplug.__file__)'").stdout
+    done = ask(SHELL + COMMANDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = re.search(r"```\n(mine: CPU and interpreter: .*)", GUIDE)[1]
+    assert shown in done.stdout.splitlines(), done.stdout
+    assert "mine channel" in done.stdout  # the table of `load`
+    imported = ask("python -c 'import moeplug_mine.hooks as hooks; print(hooks.__file__)'").stdout
+    assert str(environment.parent) in imported
+
+
+def test_nothing_is_overwritten(tmp_path):
+    new_plugin("mine", tmp_path)
+    hooks = tmp_path / "moeplug-mine" / "src" / "moeplug_mine" / "hooks.py"
+    hooks.write_text("mine")
+    with pytest.raises(UsageError, match="exists already; nothing was written"):
+        new_plugin("mine", tmp_path)
+    assert hooks.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["Mine", "4mine", "my_own", "-mine", "mine-", "a--b", "../mine", "mine.yaml", "", "é", "x" * 41]
+)
+def test_a_name_that_cannot_be_one_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be a plugin's name"):
+        new_plugin(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-g128"], ids=["plugin", "scheme"])
+def test_a_name_that_is_taken_is_refused(tmp_path, name):
+    result = CliRunner().invoke(cli, ["new-plugin", name, "--into", str(tmp_path)])
+    assert isinstance(result.exception, UsageError)
+    assert "installed plugin, format or scheme" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def layout(folder):
+    """The files of a distribution, with its names taken out; what a plugin has more of is not listed."""
+    package = next((folder / "src").glob("moeplug_*"))
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    found = {path.relative_to(folder).as_posix().replace(package.name, "PACKAGE") for path in files}
+    return {re.sub("schemes/.*", "schemes/NAME.yaml", path) for path in found}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_official_plugins_have_the_layout_that_strangers_are_given(plugin, tmp_path):
+    name = plugin.name.removeprefix("moeplug-")
+    new_plugin("mine", tmp_path)
+    given = layout(tmp_path / "moeplug-mine")
+    of_a_repository = {".gitignore", ".github/workflows/test.yml"}  # official plugins share those of this one
+    assert given - of_a_repository <= layout(plugin)
+    ours, theirs = ((folder / "pyproject.toml").read_text() for folder in (plugin, tmp_path / "moeplug-mine"))
+    package = next((plugin / "src").glob("moeplug_*")).name
+    for line in (
+        "[project.entry-points.moeplug]",
+        f'packages = ["src/{package}"]',
+        f'{name} = "{package}:plugin.yaml"',
+    ):
+        assert line in ours
+        assert line.replace(package, "moeplug_mine").replace(name, "mine") in theirs
