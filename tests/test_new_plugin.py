@@ -16,7 +16,7 @@ from moeplug.errors import UsageError
 from moeplug.scaffold import new_plugin
 
 ROOT = Path(__file__).parent.parent
-PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists())
+PLUGINS = sorted(path.parents[2] for path in (ROOT / "plugins").glob("*/src/*/schemes"))  # observers have none
 
 
 def wheel_of(source, folder):
