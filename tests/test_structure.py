@@ -145,8 +145,8 @@ def test_what_pytest_loads_with_moeplug_imports_no_torch():
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["load", "--help"], ["explain", "--help"], ["new-plugin", "--help"], ["plugins"],
-     ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"], ["check", "schemes/int8.yaml"], ["schema", "scheme"],
-     ["schema", "plugin"]],
+     ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"], ["check", "schemes/int8.yaml"],
+     ["schema", "scheme"], ["schema", "plugin"]],
     ids=" ".join,
 )  # fmt: skip
 def test_help_listing_and_checking_import_neither_torch_nor_triton(arguments):
