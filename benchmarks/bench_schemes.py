@@ -3,9 +3,9 @@
     python benchmarks/bench_schemes.py --out schemes.json            every installed scheme
     python benchmarks/bench_schemes.py --readme README.md            the same, and write the table between its marks
 
-Errors are relative: rms(decoded - weight) / rms(weight), the mean over expert weights, and rms(difference) /
-rms(output) of a layer's routed experts, pooled over layers, on the hidden states of the first tokens of the demo's held-out
-text. Perplexity and agreement are over all of that text, beside transformers' own model in bfloat16.
+Errors are relative: rms(decoded - weight) / rms(weight), the mean over expert weights, and rms(difference / output)
+of a layer's routed experts, pooled over layers, on the hidden states of the first tokens of the demo's held-out text.
+Perplexity and agreement are over all of that text, beside transformers' own model in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ def measure(names: list[str], registry: Registry, tokens: int | None = None) -> 
     samples = capture(plain, ids[:TOKENS_CAPTURED])
     rows = []
     for name in names:
-        loads = [moeplug.load(None, name, device="cpu", runtime="transformers", registry=registry) for _ in range(LOADS)]
+        loads = [
+            moeplug.load(None, name, device="cpu", runtime="transformers", registry=registry) for _ in range(LOADS)
+        ]
         plan, report = loads[0].report.plan, loads[0].report
-        weights = sum(layer.layer.num_experts * 3 * layer.layer.hidden_size * layer.layer.intermediate_size
-                      for layer in plan.layers)  # fmt: skip
+        sizes = [layer.layer for layer in plan.layers]
+        weights = sum(3 * layer.num_experts * layer.hidden_size * layer.intermediate_size for layer in sizes)
         compared = evaluation.compare(reference, evaluation.score_text(loads[0].model, ids))
         rows.append({
             "scheme": name,
@@ -95,10 +97,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['scheme']} | {row['bytes_per_weight']:.3f} | {row['weight_error']:.4f} | {row['output_error']:.4f} "
-            f"| × {row['perplexity_ratio']:.4f} | {row['top1_agreement']:.2%} | {row['gigabytes_per_second']:.2f} GB/s |"
+        numbers = (
+            f"{row['bytes_per_weight']:.3f}",
+            f"{row['weight_error']:.4f}",
+            f"{row['output_error']:.4f}",
+            f"× {row['perplexity_ratio']:.4f}",
+            f"{row['top1_agreement']:.2%}",
+            f"{row['gigabytes_per_second']:.2f} GB/s",
         )
+        lines.append(f"| {' | '.join((row['scheme'], *numbers))} |")
     return "\n".join(lines)
 
 

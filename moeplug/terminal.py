@@ -243,7 +243,7 @@ def print_choice(choice: Choice, file: Path) -> None:
     _print_lines(
         console,
         ("mixed", f"{size(choice.expert_bytes)} of experts, unquantized {size(before)}"),
-        ("error", f"{errors.relative_rms(choice.error):.5f}, at most {choice.gap:.3%} above the least possible"),
+        ("error", f"{errors.relative_rms(choice.error):.5f}, the least possible sum is at most {choice.gap:.3%} below"),
         ("measured on", f"{on}, {len(errors.experts):,} experts{without}"),
         ("scheme", str(file)),
     )
