@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import wheels
 from click.testing import CliRunner
 
 from moeplug.cli import cli
@@ -19,31 +17,11 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = sorted(path.parents[2] for path in (ROOT / "plugins").glob("*/src/*/schemes"))  # observers have none
 
 
-def wheel_of(source, folder):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
-    subprocess.run(command, check=True)
-    return next(folder.glob(f"{source.name.replace('-', '_')}-*.whl"))
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment with moeplug's wheel; torch and pytest are those of the running one. Returns its bin."""
-    venv = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    (site,) = (venv / "lib").glob("python*/site-packages")
-    shared = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "shared.pth").write_text("\n".join(shared))  # searched after site, and their own .pth files are not read
-    source = tmp_path_factory.mktemp("wheel") / "moeplug"
-    source.mkdir()
-    for name in ("moeplug", "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).symlink_to(ROOT / name)
-    install(venv / "bin", wheel_of(source, source.parent))
-    return venv / "bin"
-
-
-def install(folder, wheel):
-    command = [sys.executable, "-m", "pip", "--python", folder / "python", "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*command, wheel], check=True)
+    """The bin folder of a virtual environment with moeplug's wheel."""
+    wheel = wheels.build(ROOT, "wheel", tmp_path_factory.mktemp("wheel"))
+    return wheels.environment(tmp_path_factory.mktemp("environment"), wheel)
 
 
 GUIDE = (ROOT / "docs" / "plugin-guide.md").read_text()
@@ -57,11 +35,8 @@ pytest() { python -m pytest "$@"; }
 
 
 def test_the_guides_commands_make_install_test_and_load_a_plugin(environment, tmp_path):
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MOEPLUG_PLUGINS")}
-    clean |= {"PATH": f"{environment}:{os.environ['PATH']}", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-
     def ask(script):
-        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean, capture_output=True, text=True)
+        return wheels.run(environment, tmp_path, "bash", "-c", script)
 
     assert str(environment.parent) in ask("python -c 'import moeplug; print(moeplug.__file__)'").stdout
     done = ask(SHELL + COMMANDS)
