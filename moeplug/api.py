@@ -8,7 +8,7 @@ loaded.report.as_dict()                 # what was done, and its provenance
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ from moeplug.checkpoint.dummy import DummyCheckpoint
 from moeplug.checkpoint.family import Family, find_family
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import UsageError
+from moeplug.integrations.prequantized import encoding_of
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
 from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
@@ -59,6 +60,7 @@ def plan(
     runtime: Runtime | None = None,
     budget: int | None = None,
     dummy: bool = False,
+    family: str | Path | Family | None = None,
     registry: Registry | None = None,
 ) -> Plan:
     """Return everything that `load` with the same arguments would do, without reading a weight.
@@ -66,17 +68,21 @@ def plan(
     model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name.
     device: None takes the first GPU, or the CPU where there is none. runtime "transformers": the dense tensors count
     too. budget: bytes; RefusedError if the load would need more at its peak. dummy: config.json is enough.
+    family: a Family, a descriptor file, or the name of a known one; None: the one that serves config.json's model_type.
     Raises SchemeError, CheckpointError, PluginError, InputOutputError, RefusedError, UsageError.
     """
     registry = registry or Registry.discover()
     resolved = resolve_scheme(scheme, registry)
     found = find_device(device)
     activate_plugins(resolved, registry, found)
-    source, family = open_source(model, dummy)
+    source, found_family = open_source(model, dummy, family, registry)
     if dummy and runtime is not None:
         raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
     with_dense = runtime is not None
-    planned = plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
+    encoding = encoding_of(source.config, registry)
+    planned = plan_model(
+        source, found_family, resolved, registry, found, with_dense=with_dense, budget=budget, encoding=encoding
+    )
     if runtime is not None:
         _empty_model(planned)  # what a load would refuse is refused here
     return planned
@@ -88,6 +94,7 @@ def explain(
     *,
     device: str | torch.device | None = None,
     dummy: bool = False,
+    family: str | Path | Family | None = None,
     observe: Iterable[str] = (),
     registry: Registry | None = None,
 ) -> Explanation:
@@ -101,8 +108,9 @@ def explain(
     activate_plugins(resolved, registry, None)
     for name in observe:
         registry.observe(name)
-    source, family = open_source(model, dummy)
-    return explain_model(source, family, resolved, registry, device_of(found))
+    source, found_family = open_source(model, dummy, family, registry)
+    encoding = encoding_of(source.config, registry)
+    return explain_model(source, found_family, resolved, registry, device_of(found), encoding)
 
 
 def load(
@@ -113,6 +121,7 @@ def load(
     runtime: Runtime | None = None,
     budget: int | None = None,
     dummy: bool = False,
+    family: str | Path | Family | None = None,
     observe: Iterable[str] = (),
     progress: Progress | None = None,
     registry: Registry | None = None,
@@ -123,7 +132,9 @@ def load(
     of observer plugins. progress: called with (bytes read, bytes to read).
     """
     registry = registry or Registry.discover()
-    planned = plan(model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry)
+    planned = plan(
+        model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, family=family, registry=registry
+    )
     for name in observe:
         registry.observe(name)
     return execute(planned, registry, runtime=runtime, progress=progress)
@@ -214,12 +225,25 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def open_source(model: str | Path | None, dummy: bool = False) -> tuple[Checkpoint | DummyCheckpoint, Family]:
+def open_source(
+    model: str | Path | None,
+    dummy: bool = False,
+    family: str | Path | Family | None = None,
+    registry: Registry | None = None,
+) -> tuple[Checkpoint | DummyCheckpoint, Family]:
     """Return a checkpoint, headers validated, and its family; dummy: its config.json with generated weights."""
+    registry = registry or Registry.discover()
     path = demo_checkpoint() if model is None else Path(model)
     if dummy:
         config = read_config(path)
-        family = find_family(config)
-        return DummyCheckpoint.from_config(config, family), family
+        found = resolve_family(family, config, registry)
+        return DummyCheckpoint.from_config(config, found), found
     checkpoint = Checkpoint.open(path)
-    return checkpoint, find_family(checkpoint.config)
+    return checkpoint, resolve_family(family, checkpoint.config, registry)
+
+
+def resolve_family(family: str | Path | Family | None, config: Mapping[str, Any], registry: Registry) -> Family:
+    """Return a Family of a Family, a descriptor file or a name; None: the one that serves a config.json."""
+    if family is None:
+        return find_family(config, registry.families())
+    return family if isinstance(family, Family) else registry.family(str(family))

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 import click
 
 from moeplug import __version__
-from moeplug.errors import InputOutputError, MoeplugError, UsageError, is_out_of_memory
+from moeplug.errors import (
+    CheckpointError,
+    InputOutputError,
+    MoeplugError,
+    UsageError,
+    VerificationError,
+    is_out_of_memory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +114,10 @@ def source_options(command: Command) -> Command:
         ),
         click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU."),
         click.option("--dummy", is_flag=True, help="Generated weights: only MODEL/config.json is needed."),
+        click.option(
+            "--family", metavar="FILE|NAME",
+            help="A family descriptor (with a / or .yaml), or a known family. Default: by config.json's model_type.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."),
         plugin_options,
     ]  # fmt: skip
@@ -144,8 +155,8 @@ def model_options(command: Command) -> Command:
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,
-    report: Path | None, observe: tuple[str, ...],
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    text: Path | None, report: Path | None, observe: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Load MODEL, quantizing its experts while reading, and say what was done.
 
@@ -164,7 +175,9 @@ def load(
         if built is not None:
             prompt = terminal.DEMO_PROMPT if prompt is None else prompt
             text = text or api.demo_checkpoint().parent / "heldout.txt"
-    plan = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
+    plan = api.plan(
+        model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
+    )
     for name in observe:
         registry.observe(name)
     inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
@@ -190,7 +203,8 @@ def load(
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
 def generate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, temperature: float,
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    temperature: float,
 ) -> None:  # fmt: skip
     """Load MODEL and continue text: asks for prompts until Ctrl-D, or reads one per line from a pipe."""
     from moeplug import api, evaluation, terminal
@@ -200,7 +214,9 @@ def generate(
     if prompt is None and sys.stdin is None:
         raise UsageError("standard input is closed, and no prompt can come from it: use --prompt")
     registry = _registry(disable)
-    plan = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    plan = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
     tokenizer = _inputs(plan, prompt, None).tokenizer
     loaded = _execute(plan, registry, "transformers", "loading")
     for line in [prompt] if prompt is not None else terminal.prompts():
@@ -216,16 +232,25 @@ def generate(
 @model_options
 def plan(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...],
+    family: str | None, as_json: bool, disable: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Say everything that `load` would do, from headers alone: layers, bytes, peak, kernels and why not others."""
+    """Say everything that `load` would do, from headers alone: layers, bytes, peak, kernels and why not others.
+
+    For a model type that is not known it drafts a family descriptor on standard output, and refuses.
+    """
     from moeplug import api, terminal
+    from moeplug.checkpoint.family import UnknownModelType
 
     registry = _registry(disable)
     if model is None:
         terminal.note(f"no MODEL was given: planning the demo checkpoint ({api.demo_checkpoint()})")
     built = _runtime(runtime, dummy)
-    planned = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
+    try:
+        planned = api.plan(
+            model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
+        )
+    except UnknownModelType as error:
+        _draft_family(model, error)
     if as_json:
         terminal.print_json(planned.as_dict())
     else:
@@ -236,8 +261,8 @@ def plan(
 @source_options
 @click.option("--observe", multiple=True, metavar="NAME", help="Show an observer plugin among the wrappers.")
 def explain(
-    model: Path | None, scheme: str | None, device: str | None, dummy: bool, as_json: bool, disable: tuple[str, ...],
-    observe: tuple[str, ...],
+    model: Path | None, scheme: str | None, device: str | None, dummy: bool, family: str | None, as_json: bool,
+    disable: tuple[str, ...], observe: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Say who answers each stage, which kernel each layer gets and why not another, and what other GPUs would get.
 
@@ -255,33 +280,76 @@ def explain(
     registry = _registry(disable)
     if model is None:
         terminal.note(f"no MODEL was given: explaining for the demo checkpoint ({api.demo_checkpoint()})")
-    explanation = api.explain(model, scheme, device=device, dummy=dummy, observe=observe, registry=registry).as_dict()
+    explanation = api.explain(
+        model, scheme, device=device, dummy=dummy, family=family, observe=observe, registry=registry
+    ).as_dict()
     if as_json:
         terminal.print_json(explanation)
     else:
         terminal.print_explanation(explanation)
 
 
+def _draft_family(model: Path | None, error: MoeplugError) -> NoReturn:
+    """Print a draft of the descriptor that is missing, and stop as the error would have."""
+    from moeplug.checkpoint.guess import draft
+    from moeplug.checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(model or Path())
+    text = draft(checkpoint.config, checkpoint.tensors)
+    if text is None:
+        raise CheckpointError(f"{error}. No tensor of this checkpoint looks like an expert's, so nothing is drafted")
+    click.echo(text, nl=False)
+    raise CheckpointError(
+        f"{error}. A draft is on standard output. It is unproven: write it to a file, prove it with "
+        "`moeplug family-check MODEL_TYPE --family FILE` if transformers has the model type, then use --family FILE"
+    )
+
+
 @cli.command("eval")
 @model_options
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file. Default with the demo: its own.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only the first tokens of the text.")
+@click.option(
+    "--lm-eval",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="Run a task of the lm-evaluation-harness instead: its YAML file, or a name. May be repeated.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use only so many examples of each task.")
 def evaluate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
+    family: str | None, as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
+    tasks: tuple[str, ...], limit: int | None,
 ) -> None:  # fmt: skip
-    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement."""
+    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement.
+
+    With --lm-eval: the scores of tasks of EleutherAI's lm-evaluation-harness, unquantized and under the scheme.
+    """
     from moeplug import api, terminal
 
     if dummy or runtime == "none":
         raise UsageError("eval needs a whole model: without --dummy, with --runtime transformers")
+    if tasks and (text is not None or max_tokens is not None):
+        raise UsageError("--text and --max-tokens measure perplexity, --lm-eval runs tasks; give one or the other")
+    if limit is not None and not tasks:
+        raise UsageError("--limit is for the tasks of --lm-eval; --max-tokens shortens a text")
+    if tasks:
+        planned, result = _run_tasks(model, scheme, device, budget, family, tasks, limit, _registry(disable))
+        if as_json:
+            terminal.print_json({"scheme": planned.scheme.name, **result})
+        else:
+            terminal.print_task_scores(planned.scheme.name, result)
+        return
     if text is None:
         if model is not None:
             raise UsageError("eval needs --text FILE: the text to predict")
         terminal.note(f"no MODEL was given: measuring the demo checkpoint ({api.demo_checkpoint()})")
         text = api.demo_checkpoint().parent / "heldout.txt"
     registry = _registry(disable)
-    planned = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    planned = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
     inputs = _inputs(planned, None, text, max_tokens)
     loaded = _execute(planned, registry, "transformers", "loading")
     result = _evaluate(loaded, inputs)
@@ -304,6 +372,53 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
         terminal.print_json([plugin.as_dict() for plugin in registry.plugins])
     else:
         terminal.print_plugins(registry)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
+def families(as_json: bool, disable: tuple[str, ...]) -> None:
+    """List known model families: name, model types, who ships the descriptor. Imports no plugin."""
+    from moeplug import terminal
+
+    found = sorted(_registry(disable).families(), key=lambda family: family.name)
+    if as_json:
+        terminal.print_json(
+            [{"name": f.name, "model_types": f.model_types, "origin": f.origin, "path": str(f.source)} for f in found]
+        )
+    else:
+        terminal.print_families(found)
+
+
+@cli.command("family-check")
+@click.argument("model_type")
+@click.option("--family", metavar="FILE|NAME", help="The descriptor to prove. Default: the one that serves MODEL_TYPE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
+def family_check(model_type: str, family: str | None, as_json: bool, disable: tuple[str, ...]) -> None:
+    """Prove a family descriptor by numbers: MODEL_TYPE's tiny random model, by transformers and by moeplug.
+
+    Where they differ, changes of the descriptor are tried, and one that makes them agree is named.
+    """
+    from tempfile import TemporaryDirectory
+
+    from moeplug import terminal
+    from moeplug.integrations.family_check import prove
+
+    registry = _registry(disable)
+    serving = [f for f in registry.families() if model_type in f.model_types]
+    if family is None and len(serving) != 1:
+        found = "no family" if not serving else " and ".join(str(f.source) for f in serving)
+        raise UsageError(f"{found} serves model type {model_type!r}; name one with --family: see `moeplug families`")
+    chosen = serving[0] if family is None else registry.family(family)
+    with TemporaryDirectory() as folder:
+        proof = prove(chosen, model_type, Path(folder))
+    if as_json:
+        terminal.print_json(proof.as_dict())
+    else:
+        click.echo(proof.describe())
+    if not proof.holds:
+        raise VerificationError(f"{chosen.source}: the descriptor is not proven for {model_type}")
 
 
 @cli.group(invoke_without_command=True)
@@ -583,7 +698,7 @@ def tune_kernels(
     from moeplug.kernels import tuned, tuning
 
     registry = _registry(disable)
-    wanted = _shapes(model, shapes)
+    wanted = _shapes(model, shapes, registry)
     counts = _numbers("--m", tokens) if tokens is not None else tuple(2**i for i in range(14))
     if dry_run:
         registry.scheme(scheme)  # what would be refused is refused
@@ -631,7 +746,7 @@ def _tune(
         click.echo(f"{len(session.cells)} cells in {session.run['seconds']} s: {session.path}")
 
 
-def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]]:
+def _shapes(model: Path | None, shapes: tuple[str, ...], registry: Registry) -> list[tuple[int, ...]]:
     """Return the distinct (E, H, I, T) that are asked for."""
     found = [_numbers("--shape", shape, 4) for shape in shapes]
     if any(T > E for E, _, _, T in found):
@@ -643,7 +758,7 @@ def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]
         config = read_config(model)
         found += [
             (layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.experts_per_token)
-            for layer in find_family(config).layers(config)
+            for layer in find_family(config, registry.families()).layers(config)
         ]
     if not found:
         raise UsageError("tune-kernels needs sizes: --model MODEL, or --shape E,H,I,T, for example 128,2048,768,8")
@@ -729,6 +844,26 @@ def _evaluate(loaded: Loaded, inputs: Inputs) -> dict[str, Any]:
     with terminal.progress_bar("perplexity, unquantized", unit="tokens") as progress:
         score = evaluation.score_text(reference, inputs.ids, progress)
     return {"text": str(inputs.text), **evaluation.compare(score, scheme)}
+
+
+def _run_tasks(
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, family: str | None,
+    tasks: tuple[str, ...], limit: int | None, registry: Registry,
+) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
+    """Return the plan and {"scheme_scores", "reference_scores"} of the harness's tasks."""
+    from moeplug import api, evaluation
+    from moeplug.integrations import lm_eval
+    from moeplug.integrations.transformers import reference_model
+
+    found = lm_eval.Tasks(tasks)
+    plan = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
+    tokenizer = evaluation.load_tokenizer(plan.checkpoint.path)
+    loaded = _execute(plan, registry, "transformers", "loading")
+    scores = found.scores(loaded.model, tokenizer, limit)
+    reference = found.scores(reference_model(plan.checkpoint.path, plan.device), tokenizer, limit)
+    return plan, {"scheme_scores": scores, "reference_scores": reference}
 
 
 class Terminated(BaseException):

@@ -139,6 +139,7 @@ def moeplug_load(ctx: StageContext, projection: Projection, experts: Sequence[in
     Return: (B, N, K) of 16- or 32-bit floats, finite. It may be `tensor` itself, which must not be changed in place:
     it may be the caller's own.
     None: the core takes the tensor as it is.
+    Not called for weights that a checkpoint stores in the scheme's own numbers: they pass stages 2 and 3 by.
 
         @moeplug.hookimpl
         def moeplug_load(ctx, projection, experts, tensor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -143,12 +143,29 @@ def dequantize(
     decode(stored, fmt, weight, words)
     if scales.scale is None:
         return weight
+    return dequantized(weight, scales)
+
+
+def dequantized(values: Tensor, scales: Scales) -> Tensor:
+    """Return (values - zero_point) * scale of decoded values (B, N, K) float32, in place."""
+    assert scales.scale is not None
+    _, N, K = values.shape
     of_groups = scales.values(N)
-    for part, columns in groups(weight, scales.block[1] if scales.block else K // scales.scale.shape[2]):
+    for part, columns in groups(values, scales.block[1] if scales.block else K // scales.scale.shape[2]):
         if scales.zero_point is not None:
             part -= scales.zero_point[..., columns, None].float()
         part *= of_groups[..., columns, None]
-    return weight
+    return values
+
+
+def in_scale_dtype(scales: Scales, spec: WeightSpec) -> Scales | None:
+    """Return scales in a spec's own type; None where one of them is no number of that type."""
+    assert scales.scale is not None
+    dtype = scale_dtype(spec)
+    if scales.scale.dtype == dtype:
+        return scales
+    scale = scales.scale.to(dtype)
+    return replace(scales, scale=scale) if torch.equal(scale.float(), scales.scale.float()) else None
 
 
 def encode(values: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) -> None:

@@ -4,7 +4,7 @@ States of a plugin, as `moeplug plugins` lists them:
     active        its plugin.yaml is good; its code is imported when a scheme names it
     broken        plugin.yaml or the code does not load; the reason says why
     incompatible  written for another `api:` than this moeplug speaks
-    conflict      two distributions declare the same plugin, format, kernel or scheme
+    conflict      two distributions declare the same plugin, format, kernel, scheme or family
     blocked       ruled out by --disable or MOEPLUG_PLUGINS
 """
 
@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pluggy
 
 from moeplug import hookspecs
+from moeplug.checkpoint.family import Family, known_families
 from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
+from moeplug.problems import did_you_mean
 from moeplug.scheme import Scheme, find_scheme
 
 if TYPE_CHECKING:
@@ -55,9 +57,16 @@ class Plugin:
 
     def scheme_files(self) -> dict[str, Path]:
         """Return the schemes it ships: name → file."""
-        if self.path is None or self.manifest is None or self.manifest.schemes is None:
+        return self._files(None if self.manifest is None else self.manifest.schemes)
+
+    def family_files(self) -> dict[str, Path]:
+        """Return the family descriptors it ships: name → file."""
+        return self._files(None if self.manifest is None else self.manifest.families)
+
+    def _files(self, folder: str | None) -> dict[str, Path]:
+        if self.path is None or folder is None:
             return {}
-        return {file.stem: file for file in sorted((self.path.parent / self.manifest.schemes).glob("*.yaml"))}
+        return {file.stem: file for file in sorted((self.path.parent / folder).glob("*.yaml"))}
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `moeplug plugins --json` prints."""
@@ -74,6 +83,7 @@ class Plugin:
             "kernels": [] if manifest is None else list(manifest.kernels),
             "capabilities": [] if manifest is None else list(manifest.capabilities),
             "schemes": sorted(self.scheme_files()),
+            "families": sorted(self.family_files()),
         }
 
 
@@ -182,6 +192,34 @@ class Registry:
             if ships and name_or_path not in installed:
                 self.require(plugin.name, f"scheme '{name_or_path}'")
         return find_scheme(name_or_path, installed)
+
+    def families(self) -> list[Family]:
+        """Return all families: moeplug's own, and those of active plugins. Imports no plugin.
+
+        A descriptor that is wrong is one line on standard error, and harms no other.
+        """
+        found = list(known_families())
+        for plugin in self.usable().values():
+            for file in plugin.family_files().values():
+                try:
+                    found.append(Family.load(file, f"{plugin.distribution} {plugin.version}"))
+                except MoeplugError as error:
+                    print(f"moeplug: a family of {plugin.label} is left out: {error}", file=sys.stderr)
+        return found
+
+    def family(self, name_or_path: str) -> Family:
+        """Return the family in a file (with a / or .yaml), or a known one by its name."""
+        if "/" in name_or_path or name_or_path.endswith(".yaml"):
+            return Family.load(Path(name_or_path), "a file")
+        families = self.families()
+        for family in families:
+            if family.name == name_or_path:
+                return family
+        names = sorted(family.name for family in families)
+        raise UsageError(
+            f"family {name_or_path!r} is not known{did_you_mean(name_or_path, names)}; known: {', '.join(names)}; "
+            "a file has a / in its path or ends in .yaml"
+        )
 
     def require(self, name: str, wanted_by: str) -> Plugin:
         """Return an active plugin, or raise PluginError that says what is wrong with it and who wants it."""
@@ -428,6 +466,7 @@ def _claims(plugin: Plugin) -> list[tuple[str, str]]:
         "format": plugin.manifest.formats,
         "kernel": plugin.manifest.kernels,
         "scheme": plugin.scheme_files(),
+        "family": plugin.family_files(),
     }
     return [(kind, name) for kind, names in named.items() for name in names]
 

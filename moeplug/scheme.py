@@ -153,6 +153,9 @@ class Scheme(BaseModel):
         default=(), description="exceptions; for each expert weight the last one that matches wins"
     )
     accept: Accept | None = Field(default=None, description="limits; left out: errors are reported, never refused")
+    requantize: bool = Field(
+        default=False, description="true: dequantize a checkpoint that is quantized already, and quantize it anew"
+    )
     options: dict[str, Any] = Field(default={}, description="the plugin's own options, as its plugin.yaml declares")
 
     _document: Document = PrivateAttr(default_factory=lambda: Document("<scheme>", None))
@@ -211,6 +214,8 @@ class Scheme(BaseModel):
         Parents are merged in and defaults written out, so comments, key order and `x-` keys do not count.
         """
         data = self.model_dump(mode="json", exclude={"name", "description", "extends", "overrides"})
+        if not self.requantize:  # schemes from before this field keep their hash
+            del data["requantize"]
         data["overrides"] = [o.model_dump(mode="json", include=o.model_fields_set) for o in self.overrides]
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

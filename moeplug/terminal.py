@@ -24,6 +24,7 @@ from rich.text import Text
 from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
+    from moeplug.checkpoint.family import Family
     from moeplug.mixed import Choice
     from moeplug.pipeline import Plan, Report
     from moeplug.registry import Registry
@@ -150,9 +151,15 @@ def print_plan(plan: Plan) -> None:
     for name, reason in sorted(reasons):
         console.print(f"  not chosen: {name}: {reason}", soft_wrap=True)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
+    weights = sum(source.role == "weight" and not source.of_bias for source in plan.sources)
     _print_lines(
         console,
-        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {len(plan.sources):,} expert weights"),
+        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {weights:,} expert weights"),
+        *(
+            []
+            if plan.encoding is None
+            else [("stored as", f"{plan.encoding.label}; kept where the scheme asks for it")]
+        ),
         ("other weights", f"{len(plan.kept):,} tensors, {size(plan.dense_bytes)}, kept as they are"),
         ("peak", f"{size(plan.peak_bytes)} on {plan.device}, {size(plan.transient_bytes)} of it only while loading"),
     )
@@ -211,6 +218,17 @@ def _shipped(thing: dict[str, Any]) -> str:
     return f"{thing['distribution']} {thing['version']}"
 
 
+def print_task_scores(scheme: str, result: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print a line per task and metric: unquantized, under the scheme, and the difference."""
+    console = out()
+    table = _table("task", "metric", "unquantized", scheme, "difference")
+    for task, reference in result["reference_scores"].items():
+        for metric, value in reference.items():
+            found = result["scheme_scores"][task][metric]
+            table.add_row(task, metric, f"{value:.4f}", f"{found:.4f}", f"{found - value:+.4f}")
+    console.print(table)
+
+
 def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
     """Print what `eval` measured."""
     console = out()
@@ -258,10 +276,20 @@ def print_plugins(registry: Registry) -> None:
         shown = plugin.as_dict()
         described = f"  {plugin.state}  {plugin.distribution} {plugin.version}"
         console.print(Text.assemble((plugin.name, "bold"), described), soft_wrap=True)
-        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "capabilities")]
+        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "families", "capabilities")]
         for name, value in [("reason", plugin.reason), *lists, ("path", str(plugin.path))]:
             if value:
                 console.print(f"  {name:12}  {value}", soft_wrap=True)
+
+
+def print_families(families: Sequence[Family]) -> None:
+    """Print a line per family: name, who ships it, the model types that it serves."""
+    console = out()
+    name_width, origin_width = (max(len(getattr(f, key)) for f in families) for key in ("name", "origin"))
+    for family in families:
+        unproven = ", unproven" if family.descriptor.unproven else ""
+        line = f"{family.name:{name_width}}  {family.origin:{origin_width}}  {', '.join(family.model_types)}{unproven}"
+        console.print(line, soft_wrap=True)
 
 
 def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:

@@ -79,14 +79,16 @@ def _forced_cases() -> dict[str, tuple[Case, Schedule]]:
         "fp8-block": (blocks("fp8", 64, 64), {}),
         "int8-w8a8": (WeightSpec(format="int8"), both),
         "fp8-groups": (WeightSpec(format="fp8"), groups),
+        "no-gate": (grouped("int8", 32, symmetric=False), {"gated": False, "activation": "relu2", "bias": True}),
+        "no-gate-groups": (WeightSpec(format="fp8"), groups | {"gated": False, "activation": "relu2"}),
         "w4a8": (grouped("int4", 64), both | {"intermediate": TOKEN["fp8"]}),
     }
     cases = {}
     for schedule_name, schedule in _schedules().items():
         for kind, (spec, fields) in kinds.items():
             fields = {"M": 12, "H": 128, "I": 128, "gate_up": spec, "down": spec, "ids": "hostile"} | fields
-            steps_in_groups = kind != "fp8-groups" or of_64.group_size >= schedule.first.BLOCK_K
-            if (schedule_name == "wide" and kind != "fp8-groups") or not steps_in_groups:
+            steps_in_groups = not kind.endswith("groups") or of_64.group_size >= schedule.first.BLOCK_K
+            if (schedule_name == "wide" and not kind.endswith("groups")) or not steps_in_groups:
                 continue
             if schedule_name == "half":  # of 70 pairs one expert has 64 and some more, or fewer than 32
                 fields |= {"M": 70, "T": 1, "E": 2}

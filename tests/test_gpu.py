@@ -16,7 +16,17 @@ from moeplug.moe.reference import experts_reference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 E, H, I, T, M = 16, 256, 128, 2, 33
-SCHEMES = ("int8", "int8-g128", "int8-g32", "int8-g128-asym", "int4-g128-asym", "int4-g128-search", "nf4", "nf4-dq")
+SCHEMES = (
+    "int8",
+    "int8-g128-asym",
+    "int4-g128-asym",
+    "int4-g128-search",
+    "nf4",
+    "nf4-dq",
+    "mxfp4",
+    "nvfp4",
+    "fp8-block",
+)
 PLAIN = Scheme.from_text("api: 1\nname: plain\nweights: null\n")
 MIXED = Scheme.from_text(
     "api: 1\nname: mixed\nplugin: int8\nweights: {format: int8}\n"
@@ -168,3 +178,17 @@ def test_loading_needs_no_more_memory_than_it_says(tmp_path, scheme):
     peak = torch.cuda.max_memory_allocated() - before
     assert peak - stays <= 64 * 2**20
     assert peak <= planned.peak_bytes
+
+
+def test_block_scales_in_halves_of_a_tile_give_the_references_numbers():
+    """Many tokens an expert: tiles of 128 x 128 on four warps, which the kernel sums half by half."""
+    H, I, M = 1024, 512, 700
+    g = torch.Generator().manual_seed(3)
+    w13, w2 = (torch.randn(4, *shape, generator=g).bfloat16() * 0.05 for shape in ((2 * I, H), (H, I)))
+    experts = moeplug.quantize_experts(w13.cuda(), w2.cuda(), "fp8-block")
+    hidden = torch.randn(M, H, generator=g).bfloat16()
+    arguments = hidden, torch.rand(M, 2, generator=g), torch.randint(-1, 4, (M, 2), generator=g)
+    expected = moeplug.quantize_experts(w13, w2, "fp8-block")(*arguments)  # on the CPU
+    out = experts(*on_gpu(arguments), out=torch.full((M, H), torch.nan, dtype=torch.bfloat16, device="cuda"))
+    # Values within one unit of a rounding boundary of fp8 may differ, and one such value moves a sum by 2**-4 of it.
+    assert relative(out, expected) < 0.01

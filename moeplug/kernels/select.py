@@ -111,6 +111,13 @@ class Selection:
     against: Against
 
 
+def _reason_against_rows(kernel: Kernel, request: KernelRequest) -> str | None:
+    """Return why a kernel's layout has no place for these experts: one that was written for gates takes no others."""
+    if request.layer.gated or kernel.layout_for(request).gate_up == "up":
+        return None
+    return "wants gate and up, but the experts have no gate"
+
+
 def select_kernel(request: KernelRequest, kernels: Iterable[Kernel]) -> Selection:
     """Return the first kernel that serves the request; raise SchemeError with every reason if none does."""
     chosen, against = judge_kernels(request, kernels)
@@ -124,7 +131,7 @@ def judge_kernels(request: KernelRequest, kernels: Iterable[Kernel]) -> tuple[Ke
     """Return the first kernel that serves the request, None if none does, and the reasons against the others."""
     chosen, against = None, []
     for kernel in kernels:
-        reason = kernel.reason_against(request)
+        reason = kernel.reason_against(request) or _reason_against_rows(kernel, request)
         if reason is None and chosen is None:
             chosen = kernel
         else:

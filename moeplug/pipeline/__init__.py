@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeplug.checkpoint.locate import by_piece
+from moeplug.checkpoint.encoded import Collector, reading_order
+from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.reader import Piece, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
 from moeplug.hookspecs import LoadEvent
@@ -83,6 +84,10 @@ class _Job:
         self.dense: dict[str, Tensor] = {}
         self._experts = by_piece(plan.sources)
         self._pieces = in_file_order([*self._experts, *self._dense_pieces()])
+        self._collector = None if plan.encoding is None else Collector(plan.encoding, plan.sources)
+        if plan.encoding is not None:  # scales before weights, layer by layer: no layer's weights wait for scales
+            order = reading_order(plan.sources)
+            self._pieces.sort(key=lambda piece: order.get((piece.tensor.name, piece.start), (-1, False)))
         self.total_bytes = sum(piece.nbytes for piece in self._pieces)
 
     def read_everything(self, progress: Progress) -> None:
@@ -118,10 +123,25 @@ class _Job:
             builder = self._builder(source.layer)
             origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
             weight = source.weight_of(raw.view(dtype))
-            builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
+            if source.of_bias:
+                builder.feed_bias(source.projection, (source.expert,), weight.T, origin)
+            elif self._collector is not None:
+                self._feed_encoded(self._collector, builder, source, weight, origin)
+            else:
+                builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
             if builder.complete:
                 self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
                 del self._open[source.layer]
+
+    def _feed_encoded(
+        self, collector: Collector, builder: LayerBuilder, source: WeightSource, part: Tensor, origin: str
+    ) -> None:
+        """Take a part of a quantized weight; with the last one hand the weight on, as it is or dequantized."""
+        encoding, layer = self._plan.encoding, self._layer_plans[source.layer].layer
+        assert encoding is not None
+        weight = collector.add(source, part, layer.weight_shape(source.projection)[1])
+        if weight is not None:
+            builder.feed_encoded(source.projection, source.expert, *weight, encoding.matches, origin)
 
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeplug import __version__
 from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.encoded import Encoding
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.hookspecs import STAGE_HOOKS
@@ -139,10 +140,15 @@ class Explanation:
 
 
 def explain_model(
-    checkpoint: Checkpoint | DummyCheckpoint, family: Family, scheme: Scheme, registry: Registry, device: Device
+    checkpoint: Checkpoint | DummyCheckpoint,
+    family: Family,
+    scheme: Scheme,
+    registry: Registry,
+    device: Device,
+    encoding: Encoding | None = None,
 ) -> Explanation:
-    """Return the explanation of a load; the scheme's plugins have to be active."""
-    layers, _ = locate_layers(checkpoint, family)
+    """Return the explanation of a load; the scheme's plugins have to be active. encoding: as in `plan_model`."""
+    layers, _ = locate_layers(checkpoint, family, encoding)
     check_overrides(scheme, layers)
     groups = tuple((layer, tuple(wanted_groups(layer, scheme, registry, device))) for layer in layers)
     return Explanation(str(checkpoint.path), family, scheme, device, groups, registry)

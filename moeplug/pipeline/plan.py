@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.encoded import Encoding
 from moeplug.checkpoint.family import Family
-from moeplug.checkpoint.locate import WeightSource
+from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
 from moeplug.errors import CheckpointError, RefusedError, SchemeError
 from moeplug.formats import NumberFormat, Unquantized
@@ -18,7 +19,7 @@ from moeplug.hookspecs import StageContext
 from moeplug.kernels.select import Device, KernelRequest, select_kernel
 from moeplug.manifest import check_scheme
 from moeplug.moe.experts import describe
-from moeplug.moe.layout import PROJECTIONS, LayerSpec
+from moeplug.moe.layout import LayerSpec
 from moeplug.pipeline.setup_kernel import device_of
 from moeplug.quantization import CHUNK_ELEMENTS, bytes_of_weight, check_spec
 from moeplug.registry import Plugin, Registry
@@ -45,8 +46,9 @@ class GroupPlan:
     def nbytes(self) -> int:
         """Return the stored bytes of the group, scales included."""
         ctx = self.ctx
-        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *ctx.layer.weight_shape(p)) for p in PROJECTIONS]
-        return len(ctx.experts) * sum(sizes)
+        shapes = {p: ctx.layer.weight_shape(p) for p in ctx.layer.projections}
+        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *shape) for p, shape in shapes.items()]
+        return len(ctx.experts) * (sum(sizes) + bytes_of_biases(ctx.layer))
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class LayerPlan:
 
     layer: LayerSpec
     groups: tuple[GroupPlan, ...]
+    encoded_bytes: int | None = None  # of a layer that is quantized already
 
     @property
     def bytes_before(self) -> int:
-        """Return the bytes of the layer's expert weights in the checkpoint's dtype."""
+        """Return the bytes of the layer's expert weights in the checkpoint."""
+        if self.encoded_bytes is not None:
+            return self.encoded_bytes
         layer = self.layer
-        return 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        weights = len(layer.projections) * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        return layer.num_experts * (weights + bytes_of_biases(layer))
 
     @property
     def bytes_after(self) -> int:
@@ -100,6 +106,7 @@ class Plan:
     sources: tuple[WeightSource, ...]
     kept: tuple[TensorInfo, ...]
     with_dense: bool
+    encoding: Encoding | None = None  # of a checkpoint that is quantized already
 
     @property
     def expert_bytes_before(self) -> int:
@@ -127,13 +134,17 @@ class Plan:
         scratch = 3 * 4 * max(CHUNK_ELEMENTS.get(self.device.type, 1 << 20), self._largest_row_of_blocks)
         staged = 1 if self.device.type == "cuda" else READ_BUFFERS
         # 1 MiB: error sums, slot tables, and what allocators round up.
+        if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
+            largest = max(l.layer.hidden_size * l.layer.intermediate_size for l in self.layers)
+            scratch += 8 * largest + max(layer.bytes_before for layer in self.layers) // 8
+            return staged * self.read_buffer_bytes + scratch + (1 << 20)
         return staged * self.read_buffer_bytes + min(scratch, 12 * self.read_buffer_bytes) + (1 << 20)
 
     @property
     def _largest_row_of_blocks(self) -> int:
         """The most weights in rows that share scales: a chunk of scratch holds all of them."""
         contexts = [group.ctx for layer in self.layers for group in layer.groups]
-        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in PROJECTIONS]
+        specs = [(ctx.spec(p), ctx.layer.weight_shape(p)[1]) for ctx in contexts for p in ctx.layer.projections]
         return max((spec.scale_rows * K for spec, K in specs if spec is not None), default=0)
 
     @property
@@ -155,6 +166,7 @@ class Plan:
             "dense_tensors": len(self.kept),
             "transient_bytes": self.transient_bytes,
             "peak_bytes": self.peak_bytes,
+            "quantized_already": None if self.encoding is None else self.encoding.label,
             "notes": list(self.checkpoint.notes),
         }
 
@@ -168,15 +180,27 @@ def plan_model(
     *,
     with_dense: bool,
     budget: int | None = None,
+    encoding: Encoding | None = None,
 ) -> Plan:
-    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget."""
-    layers, sources = locate_layers(checkpoint, family)
+    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget.
+
+    encoding: how the checkpoint's experts are quantized already.
+    """
+    layers, sources = locate_layers(checkpoint, family, encoding)
     check_overrides(scheme, layers)
-    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    claimed = {source.tensor.name for source in sources}
+    if encoding is not None:
+        claimed |= {name for name in checkpoint.tensors if name.endswith(encoding.ignored)}
+    kept = family.unclaimed(checkpoint.tensors, claimed, _own_config(checkpoint, encoding))
     if with_dense:
         _check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
-    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
+    if encoding is not None:
+        _require_same_numbers(plans, scheme, encoding)
+        read = {piece: held[0].layer for piece, held in by_piece(sources).items()}
+        sizes = {index: sum(p.nbytes for p, i in read.items() if i == index) for index in set(read.values())}
+        plans = tuple(replace(plan, encoded_bytes=sizes[plan.layer.index]) for plan in plans)
+    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense, encoding)
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
             f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak: experts "
@@ -188,17 +212,27 @@ def plan_model(
 
 
 def locate_layers(
-    checkpoint: Checkpoint | DummyCheckpoint, family: Family
+    checkpoint: Checkpoint | DummyCheckpoint, family: Family, encoding: Encoding | None = None
 ) -> tuple[list[LayerSpec], list[WeightSource]]:
     """Return the MoE layers, and where each of their expert weights lies in the files."""
     layers: list[LayerSpec] = []
     sources: list[WeightSource] = []
-    for layer in family.layers(checkpoint.config):
-        found = family.locate(layer, checkpoint.tensors)
+    for layer in family.layers(_own_config(checkpoint, encoding)):
+        if encoding is None:
+            found = family.locate(layer, checkpoint.tensors)
+        else:
+            found = family.locate_encoded(layer, checkpoint.tensors, encoding)
         # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
-        layers.append(replace(layer, dtype=TORCH_DTYPES[found[0].tensor.dtype]))
+        dtype = TORCH_DTYPES[found[0].tensor.dtype] if encoding is None else layer.dtype
+        bias = any(source.of_bias for source in found)
+        layers.append(replace(layer, dtype=dtype, bias=bias))
         sources.extend(found)
     return layers, sources
+
+
+def _own_config(checkpoint: Checkpoint | DummyCheckpoint, encoding: Encoding | None) -> dict[str, Any]:
+    """Return config.json without what `encoding` says already."""
+    return {key: value for key, value in checkpoint.config.items() if not encoding or key != "quantization_config"}
 
 
 def plan_layer(layer: LayerSpec, scheme: Scheme, registry: Registry, device: torch.device) -> LayerPlan:
@@ -288,6 +322,24 @@ def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
             )
 
 
+def _require_same_numbers(layers: Sequence[LayerPlan], scheme: Scheme, encoding: Encoding) -> None:
+    """Raise SchemeError where a scheme wants other numbers than are stored and does not say `requantize: true`."""
+    for layer in layers:
+        for group in layer.groups:
+            for projection in layer.layer.projections:
+                spec = group.ctx.spec(projection)
+                if encoding.matches(spec) or scheme.requantize:
+                    continue
+                wanted = "unquantized weights" if spec is None else spec.describe()
+                stored = encoding.spec.model_dump(mode="json", exclude_defaults=True)
+                raise SchemeError(
+                    f"{scheme.where(('weights',))}: the checkpoint is already quantized ({encoding.label}), and the "
+                    f"scheme asks for {wanted} in layer {layer.layer.index}, {projection}. To keep what is stored, ask "
+                    f"for it: weights: {stored}. To dequantize it and quantize again, which adds one error to another, "
+                    "write requantize: true"
+                )
+
+
 def _request(
     layer: LayerSpec,
     scheme: Scheme,
@@ -310,7 +362,7 @@ def _request(
         activation_format=None if inputs is None else registry.format(inputs.format),
         intermediate_format=None if between is None else registry.format(between.format),
     )
-    for projection in PROJECTIONS:
+    for projection in layer.projections:
         spec = down if projection == "down" else gate_up
         fmt = request.down_format if projection == "down" else request.gate_up_format
         if spec is not None:
@@ -354,6 +406,11 @@ def dtype_of(layer: LayerSpec) -> torch.dtype:
     """Return the torch dtype of a layer's weights in the checkpoint."""
     dtype: torch.dtype = getattr(torch, layer.dtype)
     return dtype
+
+
+def bytes_of_biases(layer: LayerSpec) -> int:
+    """Return the bytes of one expert's biases; they stay as the checkpoint has them."""
+    return (layer.w13_rows + layer.hidden_size) * dtype_of(layer).itemsize if layer.bias else 0
 
 
 def ranges(numbers: Sequence[int]) -> str:
