@@ -23,7 +23,7 @@ from moeplug.when_imported import when_imported
 if TYPE_CHECKING:
     from moeplug.api import Loaded, export, load, plan, quantize_experts
     from moeplug.formats import NumberFormat
-    from moeplug.hookspecs import StageContext, hookimpl
+    from moeplug.hookspecs import LoadEvent, StageContext, hookimpl
     from moeplug.moe.experts import QuantizedExperts
     from moeplug.quantization import Scales
     from moeplug.scheme import Scheme
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 when_imported("transformers.quantizers.auto", "moeplug.integrations.transformers_quantizer")
 
 _LAZY = {
+    "LoadEvent": "moeplug.hookspecs",
     "Loaded": "moeplug.api",
     "NumberFormat": "moeplug.formats",
     "QuantizedExperts": "moeplug.moe.experts",
@@ -51,6 +52,7 @@ _LAZY = {
 __all__ = [
     "CheckpointError",
     "InputOutputError",
+    "LoadEvent",
     "Loaded",
     "MoeplugError",
     "NumberFormat",

@@ -25,7 +25,9 @@ from moeplug.integrations.prequantized import encoding_of
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
 from moeplug.pipeline import Job, LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
+from moeplug.pipeline.explain import Explanation, explain_model
 from moeplug.pipeline.plan import activate_plugins, require_budget
+from moeplug.pipeline.setup_kernel import device_of
 from moeplug.pipeline.stored import StoredJob, is_stored, plan_stored
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
@@ -102,6 +104,31 @@ def _plan_export(
     if runtime is not None:
         _empty_model(planned)
     return planned
+
+
+def explain(
+    model: str | Path | None = None,
+    scheme: str | Path | Scheme | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dummy: bool = False,
+    family: str | Path | Family | None = None,
+    observe: Iterable[str] = (),
+    registry: Registry | None = None,
+) -> Explanation:
+    """Return who would answer each stage, which kernel each layer gets and why, here and on other devices.
+
+    Arguments as in `load`. Nothing is refused for its device: the explanation says what stands against it.
+    """
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, None)
+    for name in observe:
+        registry.observe(name)
+    source, found_family = open_source(model, dummy, family, registry)
+    encoding = encoding_of(source.config, registry)
+    return explain_model(source, found_family, resolved, registry, device_of(found), encoding)
 
 
 def load(

@@ -89,6 +89,7 @@ def cli() -> None:
     \b
     moeplug load --scheme int8                       the demo checkpoint
     moeplug plan MODEL --scheme int8                 what would happen, without reading a weight
+    moeplug explain MODEL --scheme int8              by whose code, on which kernel, and why not on another
     moeplug load MODEL --scheme schemes/int8.yaml    do it
     moeplug generate MODEL --scheme int8             and talk to it
     moeplug export MODEL --scheme int8 -o DIR        for other runtimes
@@ -104,8 +105,8 @@ def plugin_options(command: Command) -> Command:
     )
 
 
-def model_options(command: Command) -> Command:
-    """Add the argument and options of every command that plans a load."""
+def source_options(command: Command) -> Command:
+    """Add the argument and options that say what is meant: a model, a scheme, a device."""
     decorators = [
         click.argument("model", required=False, type=click.Path(path_type=Path)),
         click.option(
@@ -113,21 +114,31 @@ def model_options(command: Command) -> Command:
             help="A scheme file (with a / or .yaml), or the name of an installed one: see `moeplug schemes`.",
         ),
         click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU."),
-        click.option(
-            "--budget", metavar="SIZE", callback=lambda ctx, param, value: None if value is None else parse_size(value),
-            help="Refuse, before reading, a load that needs more device memory at its peak: 20GB (10^9), 16GiB (2^30).",
-        ),
         click.option("--dummy", is_flag=True, help="Generated weights: only MODEL/config.json is needed."),
-        click.option(
-            "--runtime", type=click.Choice(["transformers", "none"]), default=None,
-            help="What to build around the layers. Default: transformers; none with --dummy.",
-        ),
         click.option(
             "--family", metavar="FILE|NAME",
             help="A family descriptor (with a / or .yaml), or a known family. Default: by config.json's model_type.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."),
         plugin_options,
+    ]  # fmt: skip
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add the argument and options of every command that plans a load."""
+    decorators = [
+        source_options,
+        click.option(
+            "--budget", metavar="SIZE", callback=lambda ctx, param, value: None if value is None else parse_size(value),
+            help="Refuse, before reading, a load that needs more device memory at its peak: 20GB (10^9), 16GiB (2^30).",
+        ),
+        click.option(
+            "--runtime", type=click.Choice(["transformers", "none"]), default=None,
+            help="What to build around the layers. Default: transformers; none with --dummy.",
+        ),
     ]  # fmt: skip
     for decorate in reversed(decorators):
         command = decorate(command)
@@ -308,6 +319,38 @@ def verify_(folder: Path, against: Path | None, device: str | None, as_json: boo
         terminal.print_json(verified.as_dict())
     else:
         terminal.print_verified(verified)
+
+
+@cli.command()
+@source_options
+@click.option("--observe", multiple=True, metavar="NAME", help="Show an observer plugin among the wrappers.")
+def explain(
+    model: Path | None, scheme: str | None, device: str | None, dummy: bool, family: str | None, as_json: bool,
+    disable: tuple[str, ...], observe: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Say who answers each stage, which kernel each layer gets and why not another, and what other GPUs would get.
+
+    \b
+    moeplug explain --scheme int8                    for the demo checkpoint
+    moeplug explain MODEL --scheme fp8 --device cpu  from headers and config.json: no weight is read
+    moeplug explain MODEL --scheme fp8 --dummy       from MODEL/config.json alone
+
+    A stage is answered by the plugin that the scheme names; by moeplug's own default where the plugin has no function
+    for it, or its function returns None. Kernels are asked in order, the plugin's own first, and the first without a
+    reason against it is chosen. Other devices are judged by their compute capability alone: none has to be here.
+    """
+    from moeplug import api, terminal
+
+    registry = _registry(disable)
+    if model is None:
+        terminal.note(f"no MODEL was given: explaining for the demo checkpoint ({api.demo_checkpoint()})")
+    explanation = api.explain(
+        model, scheme, device=device, dummy=dummy, family=family, observe=observe, registry=registry
+    ).as_dict()
+    if as_json:
+        terminal.print_json(explanation)
+    else:
+        terminal.print_explanation(explanation)
 
 
 def _draft_family(model: Path | None, error: MoeplugError) -> NoReturn:

@@ -5,7 +5,8 @@
 The unit is an expert group: the experts of one layer that share a weight spec and a plugin. For each stage exactly one
 provider is asked: the plugin that the scheme (or an override) names for the group. It answers, or returns None, which
 means "use the core's default". Every stage has a default, so a plugin implements only what its format needs more.
-`firstresult` never chooses; two answers are an error. Observers (`kind: observer`) wrap stages and answer none.
+`firstresult` never chooses; two answers are an error. Observers (`kind: observer`) wrap stages and answer none; what
+lies between the stages, reading and copying, they are told with `moeplug_event`.
 
     import moeplug
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -78,11 +79,28 @@ class StageContext:
         return self.request.down_format if projection == "down" else self.request.gate_up_format
 
 
+@dataclass(frozen=True)
+class LoadEvent:
+    """Something that a load did between two moments, beside the stages.
+
+    what: "read", a piece of a tensor came from its file; "copy", it was brought to the device; "load", all of it, told
+    last, also where the load fails. tensor: its name in the checkpoint; "" for "load".
+    started, ended: seconds as time.perf_counter gives them.
+    """
+
+    what: Literal["read", "copy", "load"]
+    tensor: str
+    nbytes: int
+    started: float
+    ended: float
+
+
 @hookspec
 def moeplug_register(registry: Registration) -> None:
     """Register the formats and kernels that plugin.yaml declares.
 
-    When: once, when a scheme first names the plugin. Listing and checking never come here.
+    When: once, when a scheme first names the plugin, or `--observe` an observer, which may prepare itself here.
+    Listing and checking never come here.
     Given: registry, with add_format(NumberFormat) and add_kernel(Kernel).
     Return: nothing. A name that plugin.yaml does not declare, or a declared one that was not added, is an error, and
     then nothing of this plugin stays registered.
@@ -188,6 +206,21 @@ def moeplug_setup_kernel(
         @moeplug.hookimpl
         def moeplug_setup_kernel(ctx, weights, scales):
             return functools.partial(my_fused_experts, weights["w13"], weights["w2"], scales)
+    """
+
+
+@hookspec
+def moeplug_event(event: LoadEvent) -> None:
+    """Tell an observer what happens between the stages: reading, copying, and the end of the load.
+
+    When: right after it happened. Reads are told by the thread that reads, while another runs the stages.
+    Given: event.
+    Return: nothing. Only observers are told; this hook is the one that they implement without a wrapper.
+
+        @moeplug.hookimpl
+        def moeplug_event(event):
+            if event.what == "read":
+                print(event.tensor, event.nbytes, event.ended - event.started, file=sys.stderr)
     """
 
 

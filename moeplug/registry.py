@@ -15,7 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -31,7 +31,7 @@ from moeplug.scheme import Scheme, find_scheme
 
 if TYPE_CHECKING:
     from moeplug.formats import NumberFormat
-    from moeplug.hookspecs import StageContext
+    from moeplug.hookspecs import LoadEvent, StageContext
     from moeplug.kernels.select import Kernel
 
 ENTRY_POINT_GROUP = "moeplug"
@@ -85,6 +85,20 @@ class Plugin:
             "schemes": sorted(self.scheme_files()),
             "families": sorted(self.family_files()),
         }
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One function of one plugin behind a hook. wraps: it watches, and answers nothing."""
+
+    plugin: str
+    function: Callable[..., Any]
+    wraps: bool
+
+    @property
+    def place(self) -> str:
+        """Return where it stands, for example `moeplug_int4.hooks.moeplug_quantize`."""
+        return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
 class Registration:
@@ -266,15 +280,61 @@ class Registry:
         own = self._active[plugin].kernels.values() if plugin in self._active else ()
         return [*own, *core_kernels()]
 
+    def brings_kernel(self, plugin: str | None, kernel: str) -> bool:
+        """Return whether a kernel that serves the plugin's groups is its own; else it is the core's."""
+        return plugin in self._active and kernel in self._active[plugin].kernels
+
     def call(self, stage: str, ctx: StageContext, default: Callable[[], Any], **given: Any) -> Any:
         """Ask the group's provider for one stage; None from it means `default()`.
 
         A provider's own MoeplugError passes; any other exception becomes a PluginError that names plugin, stage and
-        layer.
+        layer. Observers see the call, and the answer as a list of one; what they return or catch changes nothing.
         """
-        hook = "moeplug_" + stage
+        if not self._observers:
+            return self._answer(stage, ctx, default, given)
+        answers: list[Any] = []
+        failures: list[BaseException] = []
+
+        def answer() -> Any:
+            try:
+                answers.append(self._answer(stage, ctx, default, given))
+            except BaseException as error:
+                failures.append(error)
+                raise
+            return answers[0]
+
         try:
-            answers = self._caller(hook, ctx.plugin)(ctx=ctx, **given)
+            self._watchers("moeplug_" + stage).call_extra([answer], {"ctx": ctx, **given})
+        except Exception as error:
+            if not failures:
+                raise self._observer_failed(f"stage {stage}, layer {ctx.layer.index}", error) from error
+        if failures:
+            raise failures[0]
+        return answers[0]
+
+    def tell(self, event: LoadEvent) -> None:
+        """Tell the observers of something beside the stages."""
+        if not self._observers:
+            return
+        try:
+            self._watchers("moeplug_event")(event=event)
+        except Exception as error:
+            raise self._observer_failed(f"event {event.what}", error) from error
+
+    def implementations(self, stage: str, plugin: str | None) -> list[Implementation]:
+        """Return what an active plugin and the observers have for a stage, in the order of plugins."""
+        hook = "moeplug_" + stage
+        found = [*self._caller(hook, plugin).get_hookimpls(), *self._watchers(hook).get_hookimpls()]
+        return [Implementation(i.plugin_name, i.function, i.wrapper or i.hookwrapper) for i in found]
+
+    @property
+    def observers(self) -> tuple[str, ...]:
+        """The observers that are on."""
+        return tuple(self._observers)
+
+    def _answer(self, stage: str, ctx: StageContext, default: Callable[[], Any], given: Mapping[str, Any]) -> Any:
+        try:
+            answers = self._caller("moeplug_" + stage, ctx.plugin)(ctx=ctx, **given)
             if not answers:  # the default runs the plugin's code too: its format encodes, its kernel binds
                 return default()
         except Exception as error:
@@ -295,10 +355,24 @@ class Registry:
     def _caller(self, hook: str, provider: str | None) -> pluggy.HookCaller:
         key = (hook, provider)
         if key not in self._callers:
-            keep = {provider, *self._observers}
-            others = [p for n, p in self._manager.list_name_plugin() if n not in keep]
-            self._callers[key] = self._manager.subset_hook_caller(hook, remove_plugins=others)
+            self._callers[key] = self._subset(hook, {provider})
         return self._callers[key]
+
+    def _watchers(self, hook: str) -> pluggy.HookCaller:
+        key = (hook, "--observe")  # no plugin's name
+        if key not in self._callers:
+            self._callers[key] = self._subset(hook, self._observers)
+        return self._callers[key]
+
+    def _subset(self, hook: str, keep: Container[str | None]) -> pluggy.HookCaller:
+        others = [plugin for name, plugin in self._manager.list_name_plugin() if name not in keep]
+        return self._manager.subset_hook_caller(hook, remove_plugins=others)
+
+    def _observer_failed(self, where: str, error: Exception) -> MoeplugError:
+        if isinstance(error, MoeplugError):
+            return error
+        names = ", ".join(f"'{name}'" for name in self._observers)
+        return PluginError(f"observer {names}, {where} failed: {type(error).__name__}: {error}")
 
     def _register(self, plugin: Plugin, registration: Registration) -> None:
         manifest = plugin.manifest
@@ -307,17 +381,19 @@ class Registry:
         module = importlib.import_module(manifest.hooks)
         self._manager.register(module, name=plugin.name)
         self._manager.check_pending()
-        if manifest.kind == "observer":
-            _demand_wrappers(self._manager, module)
-        others = [p for n, p in self._manager.list_name_plugin() if n != plugin.name]
-        self._manager.subset_hook_caller("moeplug_register", remove_plugins=others)(registry=registration)
+        _check_kind(self._manager, module, manifest.kind)
+        self._subset("moeplug_register", {plugin.name})(registry=registration)
         registration.check_complete()
 
 
-def _demand_wrappers(manager: pluggy.PluginManager, module: object) -> None:
+def _check_kind(manager: pluggy.PluginManager, module: object, kind: str) -> None:
+    """Raise PluginError where an observer answers a stage, or another plugin has a hook that is for observers."""
     for caller in manager.get_hookcallers(module) or ():
+        if kind != "observer" and caller.name == "moeplug_event":
+            raise PluginError("moeplug_event is told to observers alone; say kind: observer in plugin.yaml")
         for implementation in caller.get_hookimpls():
-            if implementation.plugin is module and not (implementation.wrapper or implementation.hookwrapper):
+            answers = implementation.plugin is module and not (implementation.wrapper or implementation.hookwrapper)
+            if kind == "observer" and answers and caller.name in hookspecs.STAGE_HOOKS:
                 raise PluginError(f"an observer answers no stage, but {caller.name} is not a hook wrapper")
 
 

@@ -199,6 +199,59 @@ def _worst_error(errors: Mapping[int, LayerErrors]) -> str:
     return f"{worst.worst:.5f}: layer {layer}, {worst.worst_where}"
 
 
+def print_explanation(said: dict[str, Any]) -> None:
+    """Print what `Explanation.as_dict` says: stages, wrappers, kernels here, kernels elsewhere."""
+    console = out()
+    scheme = said["scheme"]
+    console.print(f"{said['model']} under {scheme['name']} on {said['device']}", style="italic", soft_wrap=True)
+    console.print(f"scheme {scheme['name']}: {scheme['path'] or 'in memory'}", soft_wrap=True)
+    for used in said["formats"]:
+        console.print(f"format {used['format']}: {_shipped(used)}, {used['class']}", soft_wrap=True)
+    console.print("\nstages, in running order", style="bold")
+    for stage in said["stages"]:
+        for answer in stage["answered_by"]:
+            whose = f"groups of {answer['groups_of']}" if answer["groups_of"] else "unquantized groups"
+            how = answer["function"] or "the core's default"
+            console.print(f"  {stage['stage']:14}{whose}: {_shipped(answer)}, {how}", soft_wrap=True)
+        for watcher in stage["watched_by"]:
+            console.print(f"  {'':14}watched by {_shipped(watcher)}, {watcher['function']}", soft_wrap=True)
+    observers = said["observers"]
+    off = [name for name in observers["installed"] if name not in observers["on"]]
+    if off:
+        console.print(f"  observers that are not on: {', '.join(off)} (--observe NAME)", soft_wrap=True)
+    console.print(f"\nkernels on {said['device']}", style="bold")
+    _print_choices(console, said["layers"])
+    unprinted = list(said["elsewhere"])
+    while unprinted:  # devices of which the same is to be said share one block
+        layers = unprinted[0]["layers"]
+        alike = [other for other in unprinted if other["layers"] == layers]
+        unprinted = [other for other in unprinted if other["layers"] != layers]
+        console.print(f"\nkernels on {'; '.join(map(_device, alike))}", style="bold", soft_wrap=True)
+        _print_choices(console, layers)
+
+
+def _device(other: dict[str, Any]) -> str:
+    if other["compute_capability"] is None:
+        return str(other["device"])
+    return f"{other['device']} {other['compute_capability']} ({other['for_example']})"
+
+
+def _print_choices(console: Output, layers: Sequence[dict[str, Any]]) -> None:
+    for alike in layers:
+        console.print(f"  layers {alike['layers']}: {alike['sizes']}", soft_wrap=True)
+        for group in alike["groups"]:
+            chosen = "none" if group["kernel"] is None else f"{group['kernel']} ({_shipped(group['kernel_of'])})"
+            console.print(f"    experts {group['experts']}, {group['weights']}: {chosen}", soft_wrap=True)
+            if group["refused"]:
+                console.print(f"      {group['refused']}", soft_wrap=True)
+            for name, reason in group["kernels_not_chosen"].items():
+                console.print(f"      not {name}: {reason}", soft_wrap=True)
+
+
+def _shipped(thing: dict[str, Any]) -> str:
+    return f"{thing['distribution']} {thing['version']}"
+
+
 def print_task_scores(scheme: str, result: dict[str, dict[str, dict[str, float]]]) -> None:
     """Print a line per task and metric: unquantized, under the scheme, and the difference."""
     console = out()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.locate import WEIGHT_DTYPES
 from moeplug.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
-from moeplug.checkpoint.streaming import Piece, Stream, require_fit
+from moeplug.checkpoint.streaming import Piece, Stream, Told, require_fit
 from moeplug.errors import CheckpointError
 
 STANDARD_DEVIATION: Final = 0.02  # transformers' initializer_range, and about what trained experts have
@@ -61,15 +62,19 @@ class DummyCheckpoint:
         tensors = [[tensor.name, tensor.dtype, tensor.shape] for tensor in self.tensors.values()]
         return hashlib.sha256(json.dumps([self.config, tensors], sort_keys=True).encode()).hexdigest()
 
-    def stream(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> Stream:
+    def stream(
+        self, pieces: Sequence[Piece], buffers: Sequence[memoryview], told: Told = lambda piece, started, ended: None
+    ) -> Stream:
         """Yield each piece with its bytes, as `Checkpoint.stream` does; they are made in the calling thread."""
-        return _generated(pieces, require_fit(pieces, buffers))
+        return _generated(pieces, require_fit(pieces, buffers), told)
 
 
-def _generated(pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> Stream:
+def _generated(pieces: Sequence[Piece], buffers: Sequence[memoryview], told: Told) -> Stream:
     for number, piece in enumerate(pieces):
         view = buffers[number % len(buffers)][: piece.nbytes]
+        started = time.perf_counter()
         _fill(np.frombuffer(view, np.uint8), piece)
+        told(piece, started, time.perf_counter())
         yield piece, view
 
 

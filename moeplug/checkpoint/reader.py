@@ -29,7 +29,7 @@ from moeplug.checkpoint.files import (
     strict_json,
 )
 from moeplug.checkpoint.safetensors_header import Header, TensorInfo, read_header
-from moeplug.checkpoint.streaming import Piece, Stream, in_file_order, prefetched, require_fit
+from moeplug.checkpoint.streaming import Piece, Stream, Told, in_file_order, prefetched, require_fit
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
 __all__ = ["Checkpoint", "Piece", "Stream", "TensorInfo", "in_file_order", "read_config"]
@@ -106,18 +106,21 @@ class Checkpoint:
             lines.append(f"{shard.source.path.name} {shard.stamp.size} {shard.header.digest}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def stream(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> Stream:
+    def stream(
+        self, pieces: Sequence[Piece], buffers: Sequence[memoryview], told: Told = lambda piece, started, ended: None
+    ) -> Stream:
         """Yield each piece with its bytes, in the given order (see `in_file_order`), one read ahead.
 
         buffers: 2 or more, writable, each as large as the largest piece. A yielded memoryview lies in one of them and
         is valid until the next step. Close the generator to stop early; then its thread and file are gone.
+        told: called after each piece with the moments between which it was read, by the thread that read it.
         Raises CheckpointError where a file is not the one that was validated, InputOutputError where a read fails.
         """
         files = {shard.source.path: (shard.source, shard.stamp) for shard in self.shards}
         foreign = [piece for piece in pieces if self.tensors.get(piece.tensor.name) != piece.tensor]
         if foreign:
             raise ValueError(f"a piece is of another checkpoint: {foreign[0]}")
-        return prefetched(pieces, require_fit(pieces, buffers), files)
+        return prefetched(pieces, require_fit(pieces, buffers), files, told)
 
 
 def _require_folder(path: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Piece:
     nbytes: int
 
 
+Told = Callable[[Piece, float, float], None]  # (piece, started, ended), seconds of time.perf_counter
 Stream = Generator[tuple[Piece, memoryview], None, None]
 
 
@@ -106,10 +108,11 @@ class PieceReader:
 
 
 def prefetched(
-    pieces: Sequence[Piece], buffers: Sequence[memoryview], files: Mapping[Path, tuple[SourceFile, Stamp]]
+    pieces: Sequence[Piece], buffers: Sequence[memoryview], files: Mapping[Path, tuple[SourceFile, Stamp]], told: Told
 ) -> Stream:
     """Yield (piece, its bytes) in the given order; the bytes are valid until the next step.
 
+    told: called in the reading thread after each piece.
     An error in the reading thread is raised here. Closing the generator stops the thread and closes its file.
     """
     stop = threading.Event()
@@ -125,7 +128,9 @@ def prefetched(
                 buffer = free.get()
                 if stop.is_set():
                     return
+                started = time.perf_counter()
                 reader.read(piece, buffer[: piece.nbytes])
+                told(piece, started, time.perf_counter())
                 filled.put((piece, buffer))
             reader.finish()
             filled.put(None)

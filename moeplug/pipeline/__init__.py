@@ -15,6 +15,7 @@ from moeplug.checkpoint.encoded import Collector, reading_order
 from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.reader import Piece, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
+from moeplug.hookspecs import LoadEvent
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass
 from moeplug.pipeline.plan import READ_BUFFERS, TORCH_DTYPES, LayerPlan, Plan, plan_layer, plan_model
@@ -52,10 +53,13 @@ def run(
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     job = (job_class or Job)(plan, registry, module_class)
-    with one_torch_thread(plan.device):
-        job.read_everything(progress or (lambda done, total: None))
-    if plan.device.type == "cuda":
-        torch.cuda.synchronize(plan.device)
+    try:
+        with one_torch_thread(plan.device):
+            job.read_everything(progress or (lambda done, total: None))
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
+    finally:
+        registry.tell(LoadEvent("load", "", job.total_bytes, started, time.perf_counter()))
     layers = tuple(LayerReport(layer, job.errors[layer.layer.index]) for layer in plan.layers)
     report = Report(
         plan=plan,
@@ -94,9 +98,9 @@ class Job:
         buffers = self._read_buffers()
         done = 0
         views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
-        with closing(self._plan.checkpoint.stream(self._pieces, views)) as stream:
+        with closing(self._plan.checkpoint.stream(self._pieces, views, self._was_read)) as stream:
             for piece, data in stream:
-                raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
+                raw = self._copied(piece, data)
                 if piece in self._experts:
                     self._feed(piece, raw)
                 else:
@@ -105,6 +109,16 @@ class Job:
                 done += piece.nbytes
                 progress(done, self.total_bytes)
         assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
+
+    def _was_read(self, piece: Piece, started: float, ended: float) -> None:
+        self._registry.tell(LoadEvent("read", piece.tensor.name, piece.nbytes, started, ended))
+
+    def _copied(self, piece: Piece, data: memoryview) -> Tensor:
+        """Return a piece's bytes on the device; on a CPU, where they were read to."""
+        started = time.perf_counter()
+        raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
+        self._registry.tell(LoadEvent("copy", piece.tensor.name, piece.nbytes, started, time.perf_counter()))
+        return raw
 
     def _feed(self, piece: Piece, raw: Tensor) -> None:
         """Give the expert weights in one piece to their layers, and finish those that are complete."""

@@ -190,24 +190,12 @@ def plan_model(
 
     encoding: how the checkpoint's experts are quantized already.
     """
-    layers: list[LayerSpec] = []
-    sources: list[WeightSource] = []
-    config = {key: value for key, value in checkpoint.config.items() if not encoding or key != "quantization_config"}
-    for layer in family.layers(config):
-        if encoding is None:
-            found = family.locate(layer, checkpoint.tensors)
-        else:
-            found = family.locate_encoded(layer, checkpoint.tensors, encoding)
-        # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
-        dtype = TORCH_DTYPES[found[0].tensor.dtype] if encoding is None else layer.dtype
-        bias = any(source.of_bias for source in found)
-        layers.append(replace(layer, dtype=dtype, bias=bias))
-        sources.extend(found)
+    layers, sources = locate_layers(checkpoint, family, encoding)
     check_overrides(scheme, layers)
     claimed = {source.tensor.name for source in sources}
     if encoding is not None:
         claimed |= {name for name in checkpoint.tensors if name.endswith(encoding.ignored)}
-    kept = family.unclaimed(checkpoint.tensors, claimed, config)
+    kept = family.unclaimed(checkpoint.tensors, claimed, _own_config(checkpoint, encoding))
     if with_dense:
         check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
@@ -233,25 +221,73 @@ def require_budget(plan: Plan, budget: int | None) -> None:
         )
 
 
+def locate_layers(
+    checkpoint: Checkpoint | DummyCheckpoint, family: Family, encoding: Encoding | None = None
+) -> tuple[list[LayerSpec], list[WeightSource]]:
+    """Return the MoE layers, and where each of their expert weights lies in the files."""
+    layers: list[LayerSpec] = []
+    sources: list[WeightSource] = []
+    for layer in family.layers(_own_config(checkpoint, encoding)):
+        if encoding is None:
+            found = family.locate(layer, checkpoint.tensors)
+        else:
+            found = family.locate_encoded(layer, checkpoint.tensors, encoding)
+        # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
+        dtype = TORCH_DTYPES[found[0].tensor.dtype] if encoding is None else layer.dtype
+        bias = any(source.of_bias for source in found)
+        layers.append(replace(layer, dtype=dtype, bias=bias))
+        sources.extend(found)
+    return layers, sources
+
+
+def _own_config(checkpoint: Checkpoint | DummyCheckpoint, encoding: Encoding | None) -> dict[str, Any]:
+    """Return config.json without what `encoding` says already."""
+    return {key: value for key, value in checkpoint.config.items() if not encoding or key != "quantization_config"}
+
+
 def plan_layer(layer: LayerSpec, scheme: Scheme, registry: Registry, device: torch.device) -> LayerPlan:
     """Return one layer's groups: its experts by spec and plugin, each group with the kernel that will run it."""
-    by_spec: dict[tuple[str | None, WeightSpec | None, WeightSpec | None], list[int]] = {}
-    for expert in range(layer.num_experts):
-        by_spec.setdefault(_specs_of(layer, scheme, expert), []).append(expert)
     groups = []
-    for (plugin, gate_up, down), experts in by_spec.items():
-        groups.append(_plan_group(layer, scheme, registry, device, plugin, gate_up, down, tuple(experts)))
+    for wanted in wanted_groups(layer, scheme, registry, device_of(device)):
+        selection = select_kernel(wanted.request, registry.kernels(wanted.plugin))
+        options = _options_of(wanted.plugin, scheme, registry)
+        ctx = StageContext(wanted.plugin, wanted.request, wanted.experts, selection.kernel, options)
+        groups.append(GroupPlan(ctx, selection.against))
     return LayerPlan(layer, tuple(groups))
 
 
-def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -> None:
-    """Check a scheme against what its plugins declare, and import them; the device must be one that they serve."""
+@dataclass(frozen=True)
+class WantedGroup:
+    """An expert group before a kernel is chosen for it."""
+
+    plugin: str | None
+    experts: tuple[int, ...]
+    request: KernelRequest
+
+
+def wanted_groups(layer: LayerSpec, scheme: Scheme, registry: Registry, device: Device) -> list[WantedGroup]:
+    """Return one layer's experts by spec and plugin."""
+    by_spec: dict[tuple[str | None, WeightSpec | None, WeightSpec | None], list[int]] = {}
+    for expert in range(layer.num_experts):
+        by_spec.setdefault(_specs_of(layer, scheme, expert), []).append(expert)
+    return [
+        WantedGroup(plugin, tuple(experts), _request(layer, scheme, registry, device, gate_up, down))
+        for (plugin, gate_up, down), experts in by_spec.items()
+    ]
+
+
+def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device | None) -> None:
+    """Check a scheme against what its plugins declare, and import them.
+
+    The device must be one that they serve; None: whatever they serve.
+    """
     where = str(scheme.source) if scheme.source is not None else f"scheme '{scheme.name}'"
     plugins = [registry.require(name, where) for name in sorted(scheme.plugins())]
     if problems := check_scheme(scheme, registry.manifests()):
         raise SchemeError("\n".join(str(problem) for problem in problems))
     for plugin in plugins:
-        _check_needs(plugin, device_of(device), where)
+        if device is not None and (reason := reason_against_device(plugin, device_of(device))):
+            raise SchemeError(f"{where}: {reason}")
         registry.activate(plugin.name, where)
     of_activations = {spec.format for spec in (scheme.input_activations, scheme.intermediate) if spec is not None}
     for name, manifest in registry.manifests().items():
@@ -269,19 +305,19 @@ def check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
             )
 
 
-def _check_needs(plugin: Plugin, device: Device, where: str) -> None:
+def reason_against_device(plugin: Plugin, device: Device) -> str | None:
+    """Return None if the plugin's `needs:` are met by the device, else why not, in one line."""
     needs = None if plugin.manifest is None else plugin.manifest.needs
     if needs is None:
-        return
+        return None
     served = [name for name in ("cuda", "cpu") if getattr(needs, name) is not None]
     if device.type not in served:
-        raise SchemeError(f"{where}: {plugin.label} serves {', '.join(served)}, not {device}; choose another --device")
+        return f"{plugin.label} serves {', '.join(served)}, not {device}; choose another --device"
     least = needs.cuda.minimum if needs.cuda is not None and device.type == "cuda" else None
     if least is not None and (device.compute_capability or (0, 0)) < least:
         found = "{}.{}".format(*device.compute_capability or (0, 0))
-        raise SchemeError(
-            f"{where}: {plugin.label} needs compute capability {least[0]}.{least[1]}; {device} has {found}"
-        )
+        return f"{plugin.label} needs compute capability {least[0]}.{least[1]}; {device} has {found}"
+    return None
 
 
 def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
@@ -315,21 +351,19 @@ def _require_same_numbers(layers: Sequence[LayerPlan], scheme: Scheme, encoding:
                 )
 
 
-def _plan_group(
+def _request(
     layer: LayerSpec,
     scheme: Scheme,
     registry: Registry,
-    device: torch.device,
-    plugin: str | None,
+    device: Device,
     gate_up: WeightSpec | None,
     down: WeightSpec | None,
-    experts: tuple[int, ...],
-) -> GroupPlan:
+) -> KernelRequest:
     inputs = None if gate_up is None else scheme.input_activations
     between = None if down is None else scheme.intermediate
     request = KernelRequest(
         layer=layer,
-        device=device_of(device),
+        device=device,
         gate_up=gate_up,
         down=down,
         gate_up_format=_format(gate_up, layer, registry),
@@ -344,9 +378,7 @@ def _plan_group(
         fmt = request.down_format if projection == "down" else request.gate_up_format
         if spec is not None:
             _check_fit(scheme, layer, projection, spec, fmt)
-    selection = select_kernel(request, registry.kernels(plugin))
-    ctx = StageContext(plugin, request, experts, selection.kernel, _options_of(plugin, scheme, registry))
-    return GroupPlan(ctx, selection.against)
+    return request
 
 
 def _options_of(plugin: str | None, scheme: Scheme, registry: Registry) -> dict[str, Any]:
