@@ -24,7 +24,9 @@ import moeplug
 TRACKS = ("read", "copy", "allocate", "load", "quantize", "create_scales", "setup_kernel")  # from top to bottom
 Wrapper = Generator[None, Any, Any]
 
-recorded: list[dict[str, Any]] = []  # appended to by two threads; a second load of the process goes behind the first
+recorded: list[
+    dict[str, Any]
+] = []  # appended to by several threads; a second load of the process goes behind the first
 
 
 @moeplug.hookimpl(wrapper=True)
