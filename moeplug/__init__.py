@@ -18,16 +18,20 @@ from moeplug.errors import (
     UsageError,
     VerificationError,
 )
+from moeplug.when_imported import when_imported
 
 if TYPE_CHECKING:
-    from moeplug.api import Loaded, load, plan, quantize_experts
+    from moeplug.api import Loaded, export, load, plan, quantize_experts
     from moeplug.formats import NumberFormat
     from moeplug.hookspecs import LoadEvent, StageContext, hookimpl
     from moeplug.moe.experts import QuantizedExperts
     from moeplug.quantization import Scales
     from moeplug.scheme import Scheme
+    from moeplug.verifying import verify
 
 __version__ = "0.1.0"
+
+when_imported("transformers.quantizers.auto", "moeplug.integrations.transformers_quantizer")
 
 _LAZY = {
     "LoadEvent": "moeplug.hookspecs",
@@ -37,10 +41,12 @@ _LAZY = {
     "Scales": "moeplug.quantization",
     "Scheme": "moeplug.scheme",
     "StageContext": "moeplug.hookspecs",
+    "export": "moeplug.api",
     "hookimpl": "moeplug.hookspecs",
     "load": "moeplug.api",
     "plan": "moeplug.api",
     "quantize_experts": "moeplug.api",
+    "verify": "moeplug.verifying",
 }
 
 __all__ = [
@@ -60,10 +66,12 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "export",
     "hookimpl",
     "load",
     "plan",
     "quantize_experts",
+    "verify",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The three calls of the Python API: plan a load, do it, or quantize weights that are in memory already.
+"""The calls of the Python API: plan a load, do it, export it, or quantize weights that are in memory already.
 
 loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
 loaded.model.generate(...)              # a transformers model
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +24,16 @@ from moeplug.errors import UsageError
 from moeplug.integrations.prequantized import encoding_of
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
-from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
+from moeplug.pipeline import Job, LayerBuilder, Plan, Progress, Report, plan_layer, plan_model, run
 from moeplug.pipeline.explain import Explanation, explain_model
-from moeplug.pipeline.plan import activate_plugins
+from moeplug.pipeline.plan import activate_plugins, require_budget
 from moeplug.pipeline.setup_kernel import device_of
+from moeplug.pipeline.stored import StoredJob, is_stored, plan_stored
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
+
+if TYPE_CHECKING:
+    from moeplug.exporting import Exported
 
 Runtime = Literal["transformers"]
 
@@ -65,15 +69,18 @@ def plan(
 ) -> Plan:
     """Return everything that `load` with the same arguments would do, without reading a weight.
 
-    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name.
-    device: None takes the first GPU, or the CPU where there is none. runtime "transformers": the dense tensors count
-    too. budget: bytes; RefusedError if the load would need more at its peak. dummy: config.json is enough.
+    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name; None
+    for an export in moeplug's own form, which brings its own. device: None takes the first GPU, or the CPU where there
+    is none. runtime "transformers": the dense tensors count too. budget: bytes; RefusedError if the load would need
+    more at its peak. dummy: config.json is enough.
     family: a Family, a descriptor file, or the name of a known one; None: the one that serves config.json's model_type.
     Raises SchemeError, CheckpointError, PluginError, InputOutputError, RefusedError, UsageError.
     """
     registry = registry or Registry.discover()
-    resolved = resolve_scheme(scheme, registry)
     found = find_device(device)
+    if model is not None and scheme is None and not dummy and is_stored(read_config(model)):
+        return _plan_export(Checkpoint.open(model), registry, found, runtime, budget)
+    resolved = resolve_scheme(scheme, registry)
     activate_plugins(resolved, registry, found)
     source, found_family = open_source(model, dummy, family, registry)
     if dummy and runtime is not None:
@@ -85,6 +92,17 @@ def plan(
     )
     if runtime is not None:
         _empty_model(planned)  # what a load would refuse is refused here
+    return planned
+
+
+def _plan_export(
+    source: Checkpoint, registry: Registry, device: torch.device, runtime: Runtime | None, budget: int | None
+) -> Plan:
+    """Return the plan of an export in our own form: it brings its scheme."""
+    planned = plan_stored(source, registry, device, with_dense=runtime is not None)
+    require_budget(planned, budget)
+    if runtime is not None:
+        _empty_model(planned)
     return planned
 
 
@@ -144,14 +162,42 @@ def execute(
     planned: Plan, registry: Registry, *, runtime: Runtime | None = None, progress: Progress | None = None
 ) -> Loaded:
     """Run a plan and build the runtime's model around its layers."""
+    job = Job if planned.stored is None else StoredJob
     if runtime is None:
-        result = run(planned, registry, progress)
+        result = run(planned, registry, progress, job_class=job)
         return Loaded(result.layers, None, result.report)
     from moeplug.integrations.transformers import TransformersExperts, finish_model
 
     empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
-    result = run(planned, registry, progress, TransformersExperts)
+    result = run(planned, registry, progress, TransformersExperts, job)
     return Loaded(result.layers, finish_model(empty, planned.family, result.layers, result.dense), result.report)
+
+
+def export(
+    model: str | Path | None,
+    scheme: str | Path | Scheme | None,
+    target: str | Path,
+    form: str = "compressed-tensors",
+    *,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Exported:
+    """Quantize a checkpoint into a new folder, `target`, in one pass; nothing is ever overwritten.
+
+    form: "compressed-tensors", "fp8" (128 x 128 blocks, as DeepSeek's) or "moeplug". resume: continue an interrupted
+    export of the same. Other arguments and errors as in `load`; the result says who reads it.
+    """
+    from moeplug.exporting import export as write
+
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, found)
+    source, family = open_source(model, registry=registry)
+    planned = plan_model(source, family, resolved, registry, found, with_dense=True)
+    return write(planned, registry, target, form, resume=resume, progress=progress)
 
 
 def quantize_experts(

@@ -92,6 +92,7 @@ def cli() -> None:
     moeplug explain MODEL --scheme int8              by whose code, on which kernel, and why not on another
     moeplug load MODEL --scheme schemes/int8.yaml    do it
     moeplug generate MODEL --scheme int8             and talk to it
+    moeplug export MODEL --scheme int8 -o DIR        for other runtimes
 
     MODEL is a local folder with config.json and *.safetensors files.
     """
@@ -255,6 +256,69 @@ def plan(
         terminal.print_json(planned.as_dict())
     else:
         terminal.print_plan(planned)
+
+
+@cli.command("export")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--scheme", "-s", metavar="FILE|NAME", help="As for `load`.")
+@click.option(
+    "--output",
+    "-o",
+    "target",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder to make. It is there whole or not at all, and nothing is ever overwritten.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["compressed-tensors", "fp8", "moeplug"]),
+    default="compressed-tensors",
+    show_default=True,
+    help="fp8: in blocks of 128 x 128, as DeepSeek's. moeplug: any scheme, in the layout of this device's kernels.",
+)
+@click.option("--resume", is_flag=True, help="Continue an export that was interrupted, after its last finished file.")
+@click.option("--device", metavar="DEVICE", help="Where to quantize: cpu, cuda or cuda:N. Default: the first GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def export_(
+    model: Path | None, scheme: str | None, target: Path, form: str, resume: bool, device: str | None, as_json: bool,
+    disable: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Quantize MODEL's experts into a new folder, and say which runtimes read it."""
+    from moeplug import api, terminal
+
+    registry = _registry(disable)
+    if model is None:
+        terminal.note(f"no MODEL was given: exporting the demo checkpoint ({api.demo_checkpoint()})")
+    with terminal.progress_bar("exporting") as progress:
+        exported = api.export(
+            model, scheme, target, form, device=device, resume=resume, progress=progress, registry=registry
+        )
+    if as_json:
+        terminal.print_json(exported.as_dict())
+    else:
+        terminal.print_exported(exported, model or api.demo_checkpoint())
+
+
+@cli.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", type=click.Path(path_type=Path), help="Quantize it again and compare.")
+@click.option("--device", metavar="DEVICE", help="Where to quantize again. Default: cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def verify_(folder: Path, against: Path | None, device: str | None, as_json: bool, disable: tuple[str, ...]) -> None:
+    """Read an export again: every file by its sha256, and with --against every tensor and error. Exit code 3 if not."""
+    from moeplug import api, terminal, verifying
+
+    registry, found = _registry(disable), api.find_device(device or "cpu")
+    with terminal.progress_bar("verifying") as progress:
+        verified = verifying.verify(folder, against, registry=registry, device=found, progress=progress)
+    if as_json:
+        terminal.print_json(verified.as_dict())
+    else:
+        terminal.print_verified(verified)
 
 
 @cli.command()

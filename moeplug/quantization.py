@@ -94,10 +94,20 @@ def zero_point_dtype(fmt: NumberFormat) -> torch.dtype:
     return torch.int8 if fmt.asymmetric_range is not None and fmt.asymmetric_range[0] < 0 else torch.uint8
 
 
+def range_of(spec: WeightSpec, fmt: NumberFormat) -> tuple[float, float]:
+    """Return (lowest, highest) stored value. A symmetric scale is amax over half of what lies between them."""
+    if spec.symmetric and spec.range == "symmetric":
+        return -fmt.max_value, fmt.max_value
+    assert fmt.asymmetric_range is not None
+    return fmt.asymmetric_range
+
+
 def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
     """Raise SchemeError where a spec asks what its format, or a weight of (N, K), cannot give."""
     if not spec.symmetric and (fmt.asymmetric_range is None or spec.strategy == "tensor"):
         raise SchemeError(f"format {fmt.name}, strategy {spec.strategy}: no zero points; use symmetric: true")
+    if spec.range == "full" and (fmt.asymmetric_range is None or fmt.asymmetric_range[0] >= 0):
+        raise SchemeError(f"format {fmt.name} has no values below its symmetric range; leave range: full out")
     if spec.group_size and K % spec.group_size and not spec.pad:
         raise SchemeError(f"{does_not_divide(K, spec.group_size)} pad: true, or strategy: channel")
     if K % fmt.values_per_element:
@@ -316,8 +326,7 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
     if into.zero_point is None:
         into.scale.copy_(_final(_amax(weight, spec), spec, fmt, into.global_scale))
         return
-    assert fmt.asymmetric_range is not None
-    low, high = fmt.asymmetric_range
+    low, high = range_of(spec, fmt)
     ends = [part.aminmax(dim=-1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
     smallest = torch.cat([end for end, _ in ends], dim=-1).float().clamp_(max=0)
     largest = torch.cat([end for _, end in ends], dim=-1).float().clamp_(min=0)
@@ -340,22 +349,19 @@ def _encode(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, scales: Scales,
     """Write the stored values of weight (1, n, K) into out (1, n, K / values_per_element)."""
     scaled = scratch("scaled", weight.shape, weight.device).copy_(weight)
     of_groups = scales.values(weight.shape[1])
-    low, high = -fmt.max_value, fmt.max_value
-    if scales.zero_point is not None:
-        assert fmt.asymmetric_range is not None
-        low, high = fmt.asymmetric_range
     for part, columns in groups(scaled, spec.columns(weight.shape[2])):
         part /= of_groups[..., columns, None]  # a reciprocal gives other bytes for 0.04 % of int8 values
         if scales.zero_point is not None:
             part += scales.zero_point[..., columns, None].float()
-    encode(scaled.clamp_(low, high), fmt, out, words)
+    encode(scaled.clamp_(*range_of(spec, fmt)), fmt, out, words)
 
 
 def _final(amax: Tensor, spec: WeightSpec, fmt: NumberFormat, global_scale: Tensor | None) -> Tensor:
     """Return symmetric scales, as they are stored, of groups with these absolute maxima; 1 for a group of zeros."""
     if spec.scale_dtype == E8M0:
         return _exponents(amax, fmt)
-    scale = _divided(amax, fmt.max_value)
+    low, high = range_of(spec, fmt)
+    scale = _divided(amax, (high - low) / 2)
     if global_scale is None:
         return _rounded(scale, spec)
     # Floored: a scale of zero would lose the whole group, and divide by zero.

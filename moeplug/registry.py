@@ -345,6 +345,10 @@ class Registry:
             raise PluginError(f"{self._where(stage, ctx)}: two answers; exactly one is allowed")
         return answers[0]
 
+    def answers(self, plugin: str | None, stage: str) -> bool:
+        """Return whether a plugin implements a stage itself, if only to return None."""
+        return any(found.plugin_name == plugin for found in self._caller("moeplug_" + stage, plugin).get_hookimpls())
+
     def _where(self, stage: str, ctx: StageContext) -> str:
         return f"plugin '{ctx.plugin}', stage {stage}, layer {ctx.layer.index}"
 

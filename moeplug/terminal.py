@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,13 @@ from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
     from moeplug.checkpoint.family import Family
+    from moeplug.exporting import Exported
     from moeplug.mixed import Choice
     from moeplug.pipeline import Plan, Report
+    from moeplug.pipeline.builder import LayerErrors
     from moeplug.registry import Registry
     from moeplug.scheme import Scheme
+    from moeplug.verifying import Verified
 
 DEMO_PROMPT = "The :mod:`json` module"
 MIN_WIDTH = 120  # of a table that is not on a terminal: wrapped cells are of no use to grep
@@ -163,6 +166,37 @@ def print_plan(plan: Plan) -> None:
         ("other weights", f"{len(plan.kept):,} tensors, {size(plan.dense_bytes)}, kept as they are"),
         ("peak", f"{size(plan.peak_bytes)} on {plan.device}, {size(plan.transient_bytes)} of it only while loading"),
     )
+
+
+def print_exported(exported: Exported, model: Path) -> None:
+    """Print what an export wrote, its worst error, and who reads it."""
+    console = out()
+    console.print(f"{model} → {exported.folder}, {exported.form}", style="italic", soft_wrap=True)
+    before, after = exported.bytes_before, exported.bytes_after
+    readers = [("read by" if i == 0 else "", reader) for i, reader in enumerate(exported.readers)]
+    kept = f"{exported.continued} of the files were finished before" if exported.continued else None
+    _print_lines(
+        console,
+        ("weights", f"{size(before)} → {size(after)} ({after / before:.1%})"),
+        ("files", f"{exported.files}, with sha256 and provenance in moeplug.json"),
+        ("continued", kept),
+        ("worst error", _worst_error(exported.errors)),
+        *readers,
+    )
+
+
+def print_verified(verified: Verified) -> None:
+    """Print what was compared and found equal."""
+    files, errors = f"{verified.files} files, {size(verified.bytes)}, sha256 as recorded", _worst_error(verified.errors)
+    compared = f"{verified.tensors:,} tensors equal what the model's weights become" if verified.errors else None
+    _print_lines(out(), ("equal", files), ("compared", compared), ("worst error", errors if verified.errors else None))
+
+
+def _worst_error(errors: Mapping[int, LayerErrors]) -> str:
+    if not errors:
+        return "none: nothing is quantized"
+    layer, worst = max(errors.items(), key=lambda item: item[1].worst)
+    return f"{worst.worst:.5f}: layer {layer}, {worst.worst_where}"
 
 
 def print_explanation(said: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def prepare_model(path: Path, family: Family, layers: Sequence[LayerSpec], kept:
         shape = shapes[parts[0]] if rows is None else (rows, *shapes[parts[0]][1:])
         if found[name].shape != torch.Size(shape):
             raise CheckpointError(f"{label}: is {shape}; {name} is {tuple(found[name].shape)}")
-    experts = tuple(_experts_path(model, family, layer) + "." for layer in layers)
+    experts = tuple(experts_path(model, family, layer) + "." for layer in layers)
     empty = [name for name in _needed(model) if name not in given and not name.startswith(experts)]
     if empty:
         raise CheckpointError(
@@ -101,9 +101,9 @@ def finish_model(
 ) -> Any:
     """Return a prepared model with these experts and these dense tensors (by disk name) in their places."""
     for experts in layers.values():
-        parent, attribute = _owner(model, _experts_path(model, family, experts.layer))
+        parent, attribute = _owner(model, experts_path(model, family, experts.layer))
         setattr(parent, attribute, experts)
-        _replace_block(model, family, experts.layer)
+        replace_block(model, family, experts.layer)
     for name, parts in _memory_names(family, dense).items():
         tensors = [dense[part] for part in parts]
         _assign(model, name, tensors[0] if len(tensors) == 1 else torch.cat(tensors))
@@ -157,7 +157,7 @@ def tokenizer_of(path: Path) -> Any:
         raise CheckpointError(f"{path}: no tokenizer that transformers can read: {reason}") from error
 
 
-def _experts_path(model: nn.Module, family: Family, layer: LayerSpec) -> str:
+def experts_path(model: nn.Module, family: Family, layer: LayerSpec) -> str:
     """Return where the model has a layer's experts; CheckpointError where it has none there."""
     paths = family.experts_paths(layer.index)
     for path in paths:
@@ -167,7 +167,8 @@ def _experts_path(model: nn.Module, family: Family, layer: LayerSpec) -> str:
     raise CheckpointError(f"{type(model).__name__} has no module {' or '.join(paths)}, where experts belong")
 
 
-def _replace_block(model: Any, family: Family, layer: LayerSpec) -> None:
+def replace_block(model: Any, family: Family, layer: LayerSpec) -> None:
+    """Put a RoutedBlock in the place of a layer's MoE block, where the family says that its own cannot call experts."""
     names = family.descriptor.transformers.block
     if names is None:
         return

@@ -43,17 +43,18 @@ def run(
     registry: Registry,
     progress: Progress | None = None,
     module_class: ModuleClass = QuantizedExperts,
+    job_class: type[Job] | None = None,
 ) -> Result:
     """Do what the plan says and return the result; on any error nothing is kept.
 
-    progress: called with (bytes read, bytes to read) after each piece.
+    progress: called with (bytes read, bytes to read) after each piece. job_class: what feeds the layers.
     """
     started = time.perf_counter()
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
-    job = _Job(plan, registry, module_class)
+    job = (job_class or Job)(plan, registry, module_class)
     try:
-        with _one_torch_thread(plan.device):
+        with one_torch_thread(plan.device):
             job.read_everything(progress or (lambda done, total: None))
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
@@ -72,8 +73,11 @@ def run(
     return Result(dict(sorted(job.finished.items())), job.dense, report)
 
 
-class _Job:
-    """One pass over the files: which piece feeds which layer, and which layers are open."""
+class Job:
+    """One pass over the files: which piece feeds which layer, and which layers are open.
+
+    Here layers and dense tensors stay in memory; an export overrides where they go.
+    """
 
     def __init__(self, plan: Plan, registry: Registry, module_class: ModuleClass) -> None:
         self._plan, self._registry, self._module_class = plan, registry, module_class
@@ -83,7 +87,7 @@ class _Job:
         self.errors: dict[int, LayerErrors] = {}
         self.dense: dict[str, Tensor] = {}
         self._experts = by_piece(plan.sources)
-        self._pieces = in_file_order([*self._experts, *self._dense_pieces()])
+        self._pieces = self._pieces_to_read()
         self._collector = None if plan.encoding is None else Collector(plan.encoding, plan.sources)
         if plan.encoding is not None:  # scales before weights, layer by layer: no layer's weights wait for scales
             order = reading_order(plan.sources)
@@ -121,7 +125,7 @@ class _Job:
 
     def _feed(self, piece: Piece, raw: Tensor) -> None:
         """Give the expert weights in one piece to their layers, and finish those that are complete."""
-        dtype = _torch_dtype(piece.tensor)
+        dtype = torch_dtype(piece.tensor)
         for source in self._experts[piece]:
             builder = self._builder(source.layer)
             origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
@@ -133,8 +137,12 @@ class _Job:
             else:
                 builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin)
             if builder.complete:
-                self.finished[source.layer], self.errors[source.layer] = builder.finish(self._module_class)
                 del self._open[source.layer]
+                self._finish(source.layer, *builder.finish(self._module_class))
+
+    def _finish(self, layer: int, experts: QuantizedExperts, errors: LayerErrors) -> None:
+        """Take a finished layer."""
+        self.finished[layer], self.errors[layer] = experts, errors
 
     def _feed_encoded(
         self, collector: Collector, builder: LayerBuilder, source: WeightSource, part: Tensor, origin: str
@@ -148,13 +156,8 @@ class _Job:
 
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""
-        tensor = self.dense[piece.tensor.name]
-        if not is_finite(raw.view(tensor.dtype)):
-            raise CheckpointError(
-                f"{piece.tensor.file.name}: {piece.tensor.name}: holds NaN or an infinity; expected finite weights. "
-                "The file is damaged or the model diverged: get the file again"
-            )
-        tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
+        require_finite(piece, raw)
+        self.dense[piece.tensor.name].view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
 
     def _builder(self, layer: int) -> LayerBuilder:
         if layer not in self._open:
@@ -163,14 +166,13 @@ class _Job:
             self._open[layer] = LayerBuilder(self._layer_plans[layer], self._registry, limit)
         return self._open[layer]
 
-    def _dense_pieces(self) -> Iterator[Piece]:
-        """Allocate the dense tensors and yield their pieces, none larger than a read buffer."""
+    def _pieces_to_read(self) -> list[Piece]:
+        """Allocate the dense tensors, and return all pieces in file order."""
         if not self._plan.with_dense:
-            return
-        step = self._plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
+            return list(self._experts)
         for tensor in self._plan.kept:
-            self.dense[tensor.name] = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
-            yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
+            self.dense[tensor.name] = torch.empty(tensor.shape, dtype=torch_dtype(tensor), device=self._plan.device)
+        return in_file_order([*self._experts, *dense_pieces(self._plan)])
 
     def _read_buffers(self) -> list[Tensor]:
         pinned = self._plan.device.type == "cuda"
@@ -179,7 +181,7 @@ class _Job:
 
 
 @contextmanager
-def _one_torch_thread(device: torch.device) -> Iterator[None]:
+def one_torch_thread(device: torch.device) -> Iterator[None]:
     """Quantize on one CPU thread while the reader has another.
 
     A chunk's operations take tens of microseconds, as long as OpenMP takes to start and join its threads; measured on
@@ -220,6 +222,23 @@ class _CpuLoads:
 _cpu_loads = _CpuLoads()
 
 
-def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
+def dense_pieces(plan: Plan) -> Iterator[Piece]:
+    """Yield the pieces of the tensors outside the experts, none larger than a read buffer."""
+    step = plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
+    for tensor in plan.kept:
+        yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
+
+
+def require_finite(piece: Piece, raw: Tensor) -> None:
+    """Raise CheckpointError where the bytes of a piece hold NaN or an infinity."""
+    if not is_finite(raw.view(torch_dtype(piece.tensor))):
+        raise CheckpointError(
+            f"{piece.tensor.file.name}: {piece.tensor.name}: holds NaN or an infinity; expected finite weights. "
+            "The file is damaged or the model diverged: get the file again"
+        )
+
+
+def torch_dtype(tensor: TensorInfo) -> torch.dtype:
+    """Return the torch dtype of a tensor in a file."""
     dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
     return dtype

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from moeplug.quantization import CHUNK_ELEMENTS, bytes_of_weight, check_spec
 from moeplug.registry import Plugin, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import WeightSpec
+
+if TYPE_CHECKING:
+    from moeplug.pipeline.builder import LayerErrors
 
 # safetensors' name of a dtype → torch's.
 TORCH_DTYPES = {
@@ -107,6 +110,7 @@ class Plan:
     kept: tuple[TensorInfo, ...]
     with_dense: bool
     encoding: Encoding | None = None  # of a checkpoint that is quantized already
+    stored: Mapping[int, LayerErrors] | None = None  # of an export of our own form: the errors that it recorded
 
     @property
     def expert_bytes_before(self) -> int:
@@ -126,7 +130,7 @@ class Plan:
     @property
     def read_buffer_bytes(self) -> int:
         """Return the size of one read buffer: the largest piece of an expert tensor, at least 1 MiB for the rest."""
-        return max(1 << 20, *(source.nbytes for source in self.sources))
+        return max([1 << 20, *(source.nbytes for source in self.sources)])
 
     @property
     def transient_bytes(self) -> int:
@@ -193,7 +197,7 @@ def plan_model(
         claimed |= {name for name in checkpoint.tensors if name.endswith(encoding.ignored)}
     kept = family.unclaimed(checkpoint.tensors, claimed, _own_config(checkpoint, encoding))
     if with_dense:
-        _check_dense_dtypes(kept)
+        check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
     if encoding is not None:
         _require_same_numbers(plans, scheme, encoding)
@@ -201,14 +205,20 @@ def plan_model(
         sizes = {index: sum(p.nbytes for p, i in read.items() if i == index) for index in set(read.values())}
         plans = tuple(replace(plan, encoded_bytes=sizes[plan.layer.index]) for plan in plans)
     plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense, encoding)
+    require_budget(plan, budget)
+    return plan
+
+
+def require_budget(plan: Plan, budget: int | None) -> None:
+    """Raise RefusedError where a load needs more bytes on the device than the budget has."""
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
-            f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak: experts "
-            f"{gigabytes(plan.expert_bytes_after)}, other weights {gigabytes(plan.dense_bytes if with_dense else 0)}, "
+            f"this load needs {gigabytes(plan.peak_bytes)} on {plan.device} at its peak: experts "
+            f"{gigabytes(plan.expert_bytes_after)}, other weights "
+            f"{gigabytes(plan.dense_bytes if plan.with_dense else 0)}, "
             f"while loading {gigabytes(plan.transient_bytes)}; --budget allows {gigabytes(budget)}. Nothing was read. "
             "A scheme with fewer bits makes the experts smaller; the rest needs a larger budget"
         )
-    return plan
 
 
 def locate_layers(
@@ -285,7 +295,8 @@ def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device | 
             registry.activate(name, where)
 
 
-def _check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
+def check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
+    """Raise CheckpointError where this torch has no dtype for a tensor."""
     for tensor in kept:
         if not hasattr(torch, TORCH_DTYPES.get(tensor.dtype, "")):
             known = ", ".join(name for name, torch_name in TORCH_DTYPES.items() if hasattr(torch, torch_name))
