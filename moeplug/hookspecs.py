@@ -83,8 +83,9 @@ class StageContext:
 class LoadEvent:
     """Something that a load did between two moments, beside the stages.
 
-    what: "read", a piece of a tensor came from its file; "copy", it was brought to the device; "load", all of it, told
-    last, also where the load fails. tensor: its name in the checkpoint; "" for "load".
+    what: "read", bytes came from a file; "copy", they were brought to a GPU (a CPU takes them where they are); "load",
+    all of it, told last, also where the load fails. tensor: whose bytes, by its name in the checkpoint, or the first
+    of several that lie side by side; "" for "load".
     started, ended: seconds as time.perf_counter gives them.
     """
 
@@ -213,7 +214,7 @@ def moeplug_setup_kernel(
 def moeplug_event(event: LoadEvent) -> None:
     """Tell an observer what happens between the stages: reading, copying, and the end of the load.
 
-    When: right after it happened. Reads are told by the thread that reads, while another runs the stages.
+    When: after it happened. Reads are told by the threads that read, while others run the stages.
     Given: event.
     Return: nothing. Only observers are told; this hook is the one that they implement without a wrapper.
 

@@ -114,9 +114,12 @@ class Job:
         self._registry.tell(LoadEvent("read", piece.tensor.name, piece.nbytes, started, ended))
 
     def _copied(self, piece: Piece, data: memoryview) -> Tensor:
-        """Return a piece's bytes on the device; on a CPU, where they were read to."""
+        """Return a piece's bytes on the device; a CPU takes them where they were read to."""
+        raw = torch.frombuffer(data, dtype=torch.uint8)
+        if self._plan.device.type == "cpu":
+            return raw
         started = time.perf_counter()
-        raw = torch.frombuffer(data, dtype=torch.uint8).to(self._plan.device)
+        raw = raw.to(self._plan.device)
         self._registry.tell(LoadEvent("copy", piece.tensor.name, piece.nbytes, started, time.perf_counter()))
         return raw
 

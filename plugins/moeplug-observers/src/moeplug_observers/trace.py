@@ -1,16 +1,19 @@
 """Write what a load did, and when, as Chrome trace JSON: open the file in https://ui.perfetto.dev.
 
-MOEPLUG_TRACE names the file; else it is moeplug-trace.json in the working folder. The reader, the copies to the device
-and each stage have a track of their own, and memory is a counter. On a GPU a stage's bar is the time in which Python
-launched its kernels, which run behind it: nothing is waited for, so the load goes as it does without this observer.
+MOEPLUG_TRACE names the file; else it is moeplug-trace.json in the working folder. Reading, copying to a GPU and each
+stage have a track of their own, one for each thread that does it, and memory is a counter. On a GPU a stage's bar is
+the time in which Python launched its kernels, which run behind it: nothing is waited for, so the load goes as it does
+without this observer.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -24,7 +27,9 @@ import moeplug
 TRACKS = ("read", "copy", "allocate", "load", "quantize", "create_scales", "setup_kernel")  # from top to bottom
 Wrapper = Generator[None, Any, Any]
 
-recorded: list[dict[str, Any]] = []  # appended to by two threads; a second load of the process goes behind the first
+recorded: list[dict[str, Any]] = []  # a second load of the process goes behind the first
+tids: dict[tuple[str, int], int] = {}  # (track, thread) → its number in the file
+numbers = itertools.count(1)
 
 
 @moeplug.hookimpl(wrapper=True)
@@ -77,7 +82,8 @@ def _weights(ctx: moeplug.StageContext, projection: str, experts: Any) -> str:
 
 def _record(track: str, name: str, started: float, ended: float, **details: Any) -> None:
     _file()  # a file that cannot be written ends the load at its first event, not at its last
-    span = {"ph": "X", "pid": 1, "tid": TRACKS.index(track) + 1, "name": name, "cat": track}
+    tid = tids.setdefault((track, threading.get_ident()), next(numbers))
+    span = {"ph": "X", "pid": 1, "tid": tid, "name": name, "cat": track}
     recorded.append(span | {"ts": 1e6 * started, "dur": 1e6 * (ended - started), "args": details})
 
 
@@ -104,9 +110,10 @@ def _file() -> Path:
 
 
 def _write() -> None:
-    names = [
-        {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": track}}
-        for tid, track in enumerate(TRACKS, start=1)
-    ]
+    names: list[dict[str, Any]] = []
+    for (track, _), tid in tids.items():
+        place = {"ph": "M", "pid": 1, "tid": tid}
+        names.append(place | {"name": "thread_name", "args": {"name": track}})
+        names.append(place | {"name": "thread_sort_index", "args": {"sort_index": TRACKS.index(track)}})
     _file().write_text(json.dumps({"traceEvents": [*names, *recorded]}))
     print(f"trace: {_file()}: open it in https://ui.perfetto.dev", file=sys.stderr)
