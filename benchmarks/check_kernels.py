@@ -41,7 +41,7 @@ BF16: dict[str, Any] = {"gate_up": None, "down": None, "weight_dtype": "bfloat16
 # Of KINDS, those whose kernels differ most; compiling them takes most of the time.
 QUICK = (
     *("bf16", "int8", "int8-bytes", "int8-w8a8", "int4-g32-asym", "int4-g128", "int4-g64-a8", "mxfp4", "nvfp4"),
-    *("fp8-w8a8", "fp8-block", "fp8-weights"),
+    *("fp8-w8a8", "fp8-block", "fp8-weights", "no-gate"),
 )
 ASYMMETRIC = WeightSpec(format="int8", symmetric=False)
 

@@ -16,13 +16,20 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 END = "<|endoftext|>"
 CONTEXT = 1024  # tokens, in training and in scoring
@@ -131,10 +138,25 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
     return torch.cat([torch.tensor([*e.ids, tokenizer.eos_token_id], dtype=torch.int32) for e in encodings])
 
 
-def build_model(eos: int, device: str) -> PreTrainedModel:
-    """A Qwen3-MoE in bfloat16. H=256 and I=128 are multiples of 128, so that schemes with groups of 128 fit."""
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
+def build_model(family: str, eos: int, device: str) -> PreTrainedModel:
+    """The demo's Qwen3-MoE or the smaller OLMoE, in bfloat16. H and I are multiples of 128, for groups of 128."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": CONTEXT,
+        "router_aux_loss_coef": BALANCE_WEIGHT,
+        "eos_token_id": eos,
+    }
+    config = {"qwen3_moe": demo_config, "olmoe": olmoe_config}[family](**common)
+    # grouped_mm takes bfloat16 weights only; the optimizer below holds the float32 ones
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=eos)
+    return model.to(device)
+
+
+def demo_config(**common: Any) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **common,
         hidden_size=256,
         intermediate_size=1024,  # of dense layers: there is none
         moe_intermediate_size=128,
@@ -145,15 +167,24 @@ def build_model(eos: int, device: str) -> PreTrainedModel:
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=CONTEXT,
-        router_aux_loss_coef=BALANCE_WEIGHT,
-        eos_token_id=eos,
     )
-    # grouped_mm takes bfloat16 weights only; the optimizer below holds the float32 ones
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm")
-    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=eos)
-    return model.to(device)
+
+
+def olmoe_config(**common: Any) -> OlmoeConfig:
+    """More and smaller experts, and router weights that do not sum to one: minutes of a CPU, not of a GPU."""
+    return OlmoeConfig(
+        **common,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        pad_token_id=None,
+        bos_token_id=None,
+    )
 
 
 def add_dropout(model: PreTrainedModel, p: float) -> None:
@@ -355,7 +386,7 @@ def make_demo(args: argparse.Namespace) -> None:
     print(f"{sum(map(len, training)) / 1e6:.1f} MB to train on, {len(tokens) / 1e6:.2f} M tokens", flush=True)
 
     torch.manual_seed(0)
-    model = build_model(tokenizer.eos_token_id, args.device)
+    model = build_model(args.family, tokenizer.eos_token_id, args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     train(model, tokens, args, lambda: score_text(model, tokenizer, heldout))
     save(model, tokenizer, heldout, args.out)
@@ -380,6 +411,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, metavar="DIR", help="train, and write checkpoint/ and heldout.txt there")
     what.add_argument("--check-quantization", type=Path, metavar="DIR", help="score what --out wrote, quantized")
+    parser.add_argument("--family", choices=("qwen3_moe", "olmoe"), default="qwen3_moe", help="default: the demo's")
     parser.add_argument("--corpus", type=Path, nargs="+", metavar="PATH", help="folders of .py and .rst, or files")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training; compilation comes before")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

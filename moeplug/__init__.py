@@ -18,34 +18,42 @@ from moeplug.errors import (
     UsageError,
     VerificationError,
 )
+from moeplug.when_imported import when_imported
 
 if TYPE_CHECKING:
-    from moeplug.api import Loaded, load, plan, quantize_experts, reload
+    from moeplug.api import Loaded, export, load, plan, quantize_experts, reload
     from moeplug.formats import NumberFormat
-    from moeplug.hookspecs import StageContext, hookimpl
+    from moeplug.hookspecs import LoadEvent, StageContext, hookimpl
     from moeplug.moe.experts import QuantizedExperts
     from moeplug.quantization import Scales
     from moeplug.scheme import Scheme
+    from moeplug.verifying import verify
 
 __version__ = "0.1.0"
 
+when_imported("transformers.quantizers.auto", "moeplug.integrations.transformers_quantizer")
+
 _LAZY = {
+    "LoadEvent": "moeplug.hookspecs",
     "Loaded": "moeplug.api",
     "NumberFormat": "moeplug.formats",
     "QuantizedExperts": "moeplug.moe.experts",
     "Scales": "moeplug.quantization",
     "Scheme": "moeplug.scheme",
     "StageContext": "moeplug.hookspecs",
+    "export": "moeplug.api",
     "hookimpl": "moeplug.hookspecs",
     "load": "moeplug.api",
     "plan": "moeplug.api",
     "quantize_experts": "moeplug.api",
     "reload": "moeplug.api",
+    "verify": "moeplug.verifying",
 }
 
 __all__ = [
     "CheckpointError",
     "InputOutputError",
+    "LoadEvent",
     "Loaded",
     "MoeplugError",
     "NumberFormat",
@@ -59,11 +67,13 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "export",
     "hookimpl",
     "load",
     "plan",
     "quantize_experts",
     "reload",
+    "verify",
 ]
 
 

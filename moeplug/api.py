@@ -1,4 +1,4 @@
-"""The Python API: plan a load, do it, give its layers other weights, or quantize weights that are in memory already.
+"""The calls of the Python API: plan a load, do it, give it other weights, export it, or quantize weights in memory.
 
 loaded = moeplug.load("path/to/model", scheme="int8", runtime="transformers")
 loaded.model.generate(...)              # a transformers model
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +23,19 @@ from moeplug.checkpoint.family import Family, find_family
 from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import CheckpointError, UsageError
+from moeplug.integrations.prequantized import encoding_of
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import ACTIVATIONS, LayerSpec, Projection
-from moeplug.pipeline import LayerBuilder, Plan, Progress, Report, Targets, plan_layer, plan_model, run
-from moeplug.pipeline.plan import GroupPlan, LayerPlan, activate_plugins, ranges
+from moeplug.pipeline import Job, LayerBuilder, Plan, Progress, Report, Targets, plan_layer, plan_model, run
+from moeplug.pipeline.explain import Explanation, explain_model
+from moeplug.pipeline.plan import GroupPlan, activate_plugins, ranges, require_budget
+from moeplug.pipeline.setup_kernel import device_of
+from moeplug.pipeline.stored import StoredJob, is_stored, plan_stored
 from moeplug.registry import Registry
 from moeplug.scheme import Scheme
+
+if TYPE_CHECKING:
+    from moeplug.exporting import Exported
 
 Runtime = Literal["transformers"]
 
@@ -60,27 +67,71 @@ def plan(
     runtime: Runtime | None = None,
     budget: int | None = None,
     dummy: bool = False,
+    family: str | Path | Family | None = None,
     registry: Registry | None = None,
 ) -> Plan:
     """Return everything that `load` with the same arguments would do, without reading a weight.
 
-    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name.
-    device: None takes the first GPU, or the CPU where there is none. runtime "transformers": the dense tensors count
-    too. budget: bytes; RefusedError if the load would need more at its peak. dummy: config.json is enough.
+    model: a checkpoint folder; None: the demo checkpoint. scheme: a Scheme, a path, or an installed scheme's name; None
+    for an export in moeplug's own form, which brings its own. device: None takes the first GPU, or the CPU where there
+    is none. runtime "transformers": the dense tensors count too. budget: bytes; RefusedError if the load would need
+    more at its peak. dummy: config.json is enough.
+    family: a Family, a descriptor file, or the name of a known one; None: the one that serves config.json's model_type.
     Raises SchemeError, CheckpointError, PluginError, InputOutputError, RefusedError, UsageError.
+    """
+    registry = registry or Registry.discover()
+    found = find_device(device)
+    if model is not None and scheme is None and not dummy and is_stored(read_config(model)):
+        return _plan_export(Checkpoint.open(model), registry, found, runtime, budget)
+    resolved = resolve_scheme(scheme, registry)
+    activate_plugins(resolved, registry, found)
+    source, found_family = open_source(model, dummy, family, registry)
+    if dummy and runtime is not None:
+        raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
+    with_dense = runtime is not None
+    encoding = encoding_of(source.config, registry)
+    planned = plan_model(
+        source, found_family, resolved, registry, found, with_dense=with_dense, budget=budget, encoding=encoding
+    )
+    if runtime is not None:
+        _empty_model(planned)  # what a load would refuse is refused here
+    return planned
+
+
+def _plan_export(
+    source: Checkpoint, registry: Registry, device: torch.device, runtime: Runtime | None, budget: int | None
+) -> Plan:
+    """Return the plan of an export in our own form: it brings its scheme."""
+    planned = plan_stored(source, registry, device, with_dense=runtime is not None)
+    require_budget(planned, budget)
+    if runtime is not None:
+        _empty_model(planned)
+    return planned
+
+
+def explain(
+    model: str | Path | None = None,
+    scheme: str | Path | Scheme | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dummy: bool = False,
+    family: str | Path | Family | None = None,
+    observe: Iterable[str] = (),
+    registry: Registry | None = None,
+) -> Explanation:
+    """Return who would answer each stage, which kernel each layer gets and why, here and on other devices.
+
+    Arguments as in `load`. Nothing is refused for its device: the explanation says what stands against it.
     """
     registry = registry or Registry.discover()
     resolved = resolve_scheme(scheme, registry)
     found = find_device(device)
-    activate_plugins(resolved, registry, found)
-    source, family = open_source(model, dummy)
-    if dummy and runtime is not None:
-        raise UsageError("dummy weights are for the experts alone: a dummy load has no runtime")
-    with_dense = runtime is not None
-    planned = plan_model(source, family, resolved, registry, found, with_dense=with_dense, budget=budget)
-    if runtime is not None:
-        _empty_model(planned)  # what a load would refuse is refused here
-    return planned
+    activate_plugins(resolved, registry, None)
+    for name in observe:
+        registry.observe(name)
+    source, found_family = open_source(model, dummy, family, registry)
+    encoding = encoding_of(source.config, registry)
+    return explain_model(source, found_family, resolved, registry, device_of(found), encoding)
 
 
 def load(
@@ -91,6 +142,7 @@ def load(
     runtime: Runtime | None = None,
     budget: int | None = None,
     dummy: bool = False,
+    family: str | Path | Family | None = None,
     observe: Iterable[str] = (),
     exact_error: bool = False,
     progress: Progress | None = None,
@@ -103,7 +155,9 @@ def load(
     the scheme says `accept:`. progress: called with (bytes read, bytes to read), from any thread.
     """
     registry = registry or Registry.discover()
-    planned = plan(model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, registry=registry)
+    planned = plan(
+        model, scheme, device=device, runtime=runtime, budget=budget, dummy=dummy, family=family, registry=registry
+    )
     for name in observe:
         registry.observe(name)
     return execute(planned, registry, runtime=runtime, progress=progress, exact_error=exact_error)
@@ -118,13 +172,14 @@ def execute(
     exact_error: bool = False,
 ) -> Loaded:
     """Run a plan and build the runtime's model around its layers."""
+    job = Job if planned.stored is None else StoredJob
     if runtime is None:
-        result = run(planned, registry, progress, exact_error=exact_error)
+        result = run(planned, registry, progress, job_class=job, exact_error=exact_error)
         return Loaded(result.layers, None, result.report, registry)
     from moeplug.integrations.transformers import TransformersExperts, finish_model
 
     empty = _empty_model(planned)  # not the plan's own: a plan may run again, and a model takes weights once
-    result = run(planned, registry, progress, TransformersExperts, exact_error=exact_error)
+    result = run(planned, registry, progress, TransformersExperts, job, exact_error=exact_error)
     model = finish_model(empty, planned.family, result.layers, result.dense)
     return Loaded(result.layers, model, result.report, registry)
 
@@ -140,19 +195,24 @@ def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progres
     Raises what `load` raises, and CheckpointError where the source is of another model.
     """
     before, layers = loaded.report.plan, loaded.layers
-    if isinstance(source, Mapping):
-        checkpoint: Checkpoint | MemoryCheckpoint = MemoryCheckpoint.of(source, before.checkpoint.config)
-        family = before.family
+    if isinstance(source, Mapping):  # tensors are as a model has them, however the files of the load stored them
+        config = {key: value for key, value in before.checkpoint.config.items() if key != "quantization_config"}
+        checkpoint: Checkpoint | MemoryCheckpoint = MemoryCheckpoint.of(source, config)
     else:
         checkpoint = Checkpoint.open(source)
-        family = find_family(checkpoint.config)
+        if is_stored(checkpoint.config):
+            raise UsageError(f"{source}: is an export in moeplug's own form; load it instead. Nothing was changed")
     with_dense = loaded.model is not None
     registry, device = loaded.registry, next(iter(layers.values())).slots.device
-    planned = plan_model(checkpoint, family, before.scheme, registry, device, with_dense=with_dense)
+    encoding = None if isinstance(checkpoint, MemoryCheckpoint) else encoding_of(checkpoint.config, registry)
+    planned = plan_model(
+        checkpoint, before.family, before.scheme, registry, device, with_dense=with_dense, encoding=encoding
+    )
     _require_same_layers(planned, layers)
     # Groups as they are now: a module that was moved has other kernels and layouts than its load planned.
     groups = {i: tuple(GroupPlan(g.ctx, ()) for g in module.expert_groups()) for i, module in layers.items()}
-    planned = replace(planned, layers=tuple(LayerPlan(old.layer, groups[old.layer.index]) for old in planned.layers))
+    layers_now = tuple(replace(old, groups=groups[old.layer.index]) for old in planned.layers)
+    planned = replace(planned, layers=layers_now)
     dense = _dense_targets(loaded, planned) if with_dense else {}
     for module in layers.values():
         module.unfinished = f"a reload from {checkpoint.path} did not come to its end; reload again"
@@ -199,6 +259,33 @@ def _dense_targets(loaded: Loaded, planned: Plan) -> dict[str, Tensor]:
             "changed"
         )
     return targets
+
+
+def export(
+    model: str | Path | None,
+    scheme: str | Path | Scheme | None,
+    target: str | Path,
+    form: str = "compressed-tensors",
+    *,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Exported:
+    """Quantize a checkpoint into a new folder, `target`, in one pass; nothing is ever overwritten.
+
+    form: "compressed-tensors", "fp8" (128 x 128 blocks, as DeepSeek's) or "moeplug". resume: continue an interrupted
+    export of the same. Other arguments and errors as in `load`; the result says who reads it.
+    """
+    from moeplug.exporting import export as write
+
+    registry = registry or Registry.discover()
+    resolved = resolve_scheme(scheme, registry)
+    found = find_device(device)
+    activate_plugins(resolved, registry, found)
+    source, family = open_source(model, registry=registry)
+    planned = plan_model(source, family, resolved, registry, found, with_dense=True)
+    return write(planned, registry, target, form, resume=resume, progress=progress)
 
 
 def quantize_experts(
@@ -272,12 +359,25 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def open_source(model: str | Path | None, dummy: bool = False) -> tuple[Checkpoint | DummyCheckpoint, Family]:
+def open_source(
+    model: str | Path | None,
+    dummy: bool = False,
+    family: str | Path | Family | None = None,
+    registry: Registry | None = None,
+) -> tuple[Checkpoint | DummyCheckpoint, Family]:
     """Return a checkpoint, headers validated, and its family; dummy: its config.json with generated weights."""
+    registry = registry or Registry.discover()
     path = demo_checkpoint() if model is None else Path(model)
     if dummy:
         config = read_config(path)
-        family = find_family(config)
-        return DummyCheckpoint.from_config(config, family), family
+        found = resolve_family(family, config, registry)
+        return DummyCheckpoint.from_config(config, found), found
     checkpoint = Checkpoint.open(path)
-    return checkpoint, find_family(checkpoint.config)
+    return checkpoint, resolve_family(family, checkpoint.config, registry)
+
+
+def resolve_family(family: str | Path | Family | None, config: Mapping[str, Any], registry: Registry) -> Family:
+    """Return a Family of a Family, a descriptor file or a name; None: the one that serves a config.json."""
+    if family is None:
+        return find_family(config, registry.families())
+    return family if isinstance(family, Family) else registry.family(str(family))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,21 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 import click
 
 from moeplug import __version__
-from moeplug.errors import InputOutputError, MoeplugError, UsageError, is_out_of_memory
+from moeplug.errors import (
+    CheckpointError,
+    InputOutputError,
+    MoeplugError,
+    UsageError,
+    VerificationError,
+    is_out_of_memory,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moeplug.api import Loaded
     from moeplug.evaluation import Inputs
+    from moeplug.mixed import Sample, Task
     from moeplug.pipeline import Plan
     from moeplug.registry import Registry
 
@@ -78,8 +89,10 @@ def cli() -> None:
     \b
     moeplug load --scheme int8                       the demo checkpoint
     moeplug plan MODEL --scheme int8                 what would happen, without reading a weight
+    moeplug explain MODEL --scheme int8              by whose code, on which kernel, and why not on another
     moeplug load MODEL --scheme schemes/int8.yaml    do it
     moeplug generate MODEL --scheme int8             and talk to it
+    moeplug export MODEL --scheme int8 -o DIR        for other runtimes
 
     MODEL is a local folder with config.json and *.safetensors files.
     """
@@ -92,8 +105,8 @@ def plugin_options(command: Command) -> Command:
     )
 
 
-def model_options(command: Command) -> Command:
-    """Add the argument and options of every command that plans a load."""
+def source_options(command: Command) -> Command:
+    """Add the argument and options that say what is meant: a model, a scheme, a device."""
     decorators = [
         click.argument("model", required=False, type=click.Path(path_type=Path)),
         click.option(
@@ -101,17 +114,31 @@ def model_options(command: Command) -> Command:
             help="A scheme file (with a / or .yaml), or the name of an installed one: see `moeplug schemes`.",
         ),
         click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU."),
+        click.option("--dummy", is_flag=True, help="Generated weights: only MODEL/config.json is needed."),
+        click.option(
+            "--family", metavar="FILE|NAME",
+            help="A family descriptor (with a / or .yaml), or a known family. Default: by config.json's model_type.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."),
+        plugin_options,
+    ]  # fmt: skip
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add the argument and options of every command that plans a load."""
+    decorators = [
+        source_options,
         click.option(
             "--budget", metavar="SIZE", callback=lambda ctx, param, value: None if value is None else parse_size(value),
             help="Refuse, before reading, a load that needs more device memory at its peak: 20GB (10^9), 16GiB (2^30).",
         ),
-        click.option("--dummy", is_flag=True, help="Generated weights: only MODEL/config.json is needed."),
         click.option(
             "--runtime", type=click.Choice(["transformers", "none"]), default=None,
             help="What to build around the layers. Default: transformers; none with --dummy.",
         ),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."),
-        plugin_options,
     ]  # fmt: skip
     for decorate in reversed(decorators):
         command = decorate(command)
@@ -131,8 +158,8 @@ def model_options(command: Command) -> Command:
 @click.option("--exact-error", is_flag=True, help="Measure errors over all rows; else a sample of large weights.")
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, text: Path | None,
-    report: Path | None, observe: tuple[str, ...], timings: bool, exact_error: bool,
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    text: Path | None, report: Path | None, observe: tuple[str, ...], timings: bool, exact_error: bool,
 ) -> None:  # fmt: skip
     """Load MODEL, quantizing its experts while reading, and say what was done.
 
@@ -151,7 +178,9 @@ def load(
         if built is not None:
             prompt = terminal.DEMO_PROMPT if prompt is None else prompt
             text = text or api.demo_checkpoint().parent / "heldout.txt"
-    plan = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
+    plan = api.plan(
+        model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
+    )
     for name in observe:
         registry.observe(name)
     inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
@@ -177,7 +206,8 @@ def load(
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
 def generate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int, temperature: float,
+    family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
+    temperature: float,
 ) -> None:  # fmt: skip
     """Load MODEL and continue text: asks for prompts until Ctrl-D, or reads one per line from a pipe."""
     from moeplug import api, evaluation, terminal
@@ -187,7 +217,9 @@ def generate(
     if prompt is None and sys.stdin is None:
         raise UsageError("standard input is closed, and no prompt can come from it: use --prompt")
     registry = _registry(disable)
-    plan = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    plan = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
     tokenizer = _inputs(plan, prompt, None).tokenizer
     loaded = _execute(plan, registry, "transformers", "loading")
     for line in [prompt] if prompt is not None else terminal.prompts():
@@ -203,42 +235,187 @@ def generate(
 @model_options
 def plan(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...],
+    family: str | None, as_json: bool, disable: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Say everything that `load` would do, from headers alone: layers, bytes, peak, kernels and why not others."""
+    """Say everything that `load` would do, from headers alone: layers, bytes, peak, kernels and why not others.
+
+    For a model type that is not known it drafts a family descriptor on standard output, and refuses.
+    """
     from moeplug import api, terminal
+    from moeplug.checkpoint.family import UnknownModelType
 
     registry = _registry(disable)
     if model is None:
         terminal.note(f"no MODEL was given: planning the demo checkpoint ({api.demo_checkpoint()})")
     built = _runtime(runtime, dummy)
-    planned = api.plan(model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, registry=registry)
+    try:
+        planned = api.plan(
+            model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
+        )
+    except UnknownModelType as error:
+        _draft_family(model, error)
     if as_json:
         terminal.print_json(planned.as_dict())
     else:
         terminal.print_plan(planned)
 
 
+@cli.command("export")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--scheme", "-s", metavar="FILE|NAME", help="As for `load`.")
+@click.option(
+    "--output",
+    "-o",
+    "target",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder to make. It is there whole or not at all, and nothing is ever overwritten.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["compressed-tensors", "fp8", "moeplug"]),
+    default="compressed-tensors",
+    show_default=True,
+    help="fp8: in blocks of 128 x 128, as DeepSeek's. moeplug: any scheme, in the layout of this device's kernels.",
+)
+@click.option("--resume", is_flag=True, help="Continue an export that was interrupted, after its last finished file.")
+@click.option("--device", metavar="DEVICE", help="Where to quantize: cpu, cuda or cuda:N. Default: the first GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def export_(
+    model: Path | None, scheme: str | None, target: Path, form: str, resume: bool, device: str | None, as_json: bool,
+    disable: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Quantize MODEL's experts into a new folder, and say which runtimes read it."""
+    from moeplug import api, terminal
+
+    registry = _registry(disable)
+    if model is None:
+        terminal.note(f"no MODEL was given: exporting the demo checkpoint ({api.demo_checkpoint()})")
+    with terminal.progress_bar("exporting") as progress:
+        exported = api.export(
+            model, scheme, target, form, device=device, resume=resume, progress=progress, registry=registry
+        )
+    if as_json:
+        terminal.print_json(exported.as_dict())
+    else:
+        terminal.print_exported(exported, model or api.demo_checkpoint())
+
+
+@cli.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", type=click.Path(path_type=Path), help="Quantize it again and compare.")
+@click.option("--device", metavar="DEVICE", help="Where to quantize again. Default: cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def verify_(folder: Path, against: Path | None, device: str | None, as_json: bool, disable: tuple[str, ...]) -> None:
+    """Read an export again: every file by its sha256, and with --against every tensor and error. Exit code 3 if not."""
+    from moeplug import api, terminal, verifying
+
+    registry, found = _registry(disable), api.find_device(device or "cpu")
+    with terminal.progress_bar("verifying") as progress:
+        verified = verifying.verify(folder, against, registry=registry, device=found, progress=progress)
+    if as_json:
+        terminal.print_json(verified.as_dict())
+    else:
+        terminal.print_verified(verified)
+
+
+@cli.command()
+@source_options
+@click.option("--observe", multiple=True, metavar="NAME", help="Show an observer plugin among the wrappers.")
+def explain(
+    model: Path | None, scheme: str | None, device: str | None, dummy: bool, family: str | None, as_json: bool,
+    disable: tuple[str, ...], observe: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Say who answers each stage, which kernel each layer gets and why not another, and what other GPUs would get.
+
+    \b
+    moeplug explain --scheme int8                    for the demo checkpoint
+    moeplug explain MODEL --scheme fp8 --device cpu  from headers and config.json: no weight is read
+    moeplug explain MODEL --scheme fp8 --dummy       from MODEL/config.json alone
+
+    A stage is answered by the plugin that the scheme names; by moeplug's own default where the plugin has no function
+    for it, or its function returns None. Kernels are asked in order, the plugin's own first, and the first without a
+    reason against it is chosen. Other devices are judged by their compute capability alone: none has to be here.
+    """
+    from moeplug import api, terminal
+
+    registry = _registry(disable)
+    if model is None:
+        terminal.note(f"no MODEL was given: explaining for the demo checkpoint ({api.demo_checkpoint()})")
+    explanation = api.explain(
+        model, scheme, device=device, dummy=dummy, family=family, observe=observe, registry=registry
+    ).as_dict()
+    if as_json:
+        terminal.print_json(explanation)
+    else:
+        terminal.print_explanation(explanation)
+
+
+def _draft_family(model: Path | None, error: MoeplugError) -> NoReturn:
+    """Print a draft of the descriptor that is missing, and stop as the error would have."""
+    from moeplug.checkpoint.guess import draft
+    from moeplug.checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(model or Path())
+    text = draft(checkpoint.config, checkpoint.tensors)
+    if text is None:
+        raise CheckpointError(f"{error}. No tensor of this checkpoint looks like an expert's, so nothing is drafted")
+    click.echo(text, nl=False)
+    raise CheckpointError(
+        f"{error}. A draft is on standard output. It is unproven: write it to a file, prove it with "
+        "`moeplug family-check MODEL_TYPE --family FILE` if transformers has the model type, then use --family FILE"
+    )
+
+
 @cli.command("eval")
 @model_options
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file. Default with the demo: its own.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only the first tokens of the text.")
+@click.option(
+    "--lm-eval",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="Run a task of the lm-evaluation-harness instead: its YAML file, or a name. May be repeated.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use only so many examples of each task.")
 def evaluate(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
-    as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
+    family: str | None, as_json: bool, disable: tuple[str, ...], text: Path | None, max_tokens: int | None,
+    tasks: tuple[str, ...], limit: int | None,
 ) -> None:  # fmt: skip
-    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement."""
+    """Measure perplexity of MODEL unquantized and under the scheme, their ratio, and top-1 agreement.
+
+    With --lm-eval: the scores of tasks of EleutherAI's lm-evaluation-harness, unquantized and under the scheme.
+    """
     from moeplug import api, terminal
 
     if dummy or runtime == "none":
         raise UsageError("eval needs a whole model: without --dummy, with --runtime transformers")
+    if tasks and (text is not None or max_tokens is not None):
+        raise UsageError("--text and --max-tokens measure perplexity, --lm-eval runs tasks; give one or the other")
+    if limit is not None and not tasks:
+        raise UsageError("--limit is for the tasks of --lm-eval; --max-tokens shortens a text")
+    if tasks:
+        planned, result = _run_tasks(model, scheme, device, budget, family, tasks, limit, _registry(disable))
+        if as_json:
+            terminal.print_json({"scheme": planned.scheme.name, **result})
+        else:
+            terminal.print_task_scores(planned.scheme.name, result)
+        return
     if text is None:
         if model is not None:
             raise UsageError("eval needs --text FILE: the text to predict")
         terminal.note(f"no MODEL was given: measuring the demo checkpoint ({api.demo_checkpoint()})")
         text = api.demo_checkpoint().parent / "heldout.txt"
     registry = _registry(disable)
-    planned = api.plan(model, scheme, device=device, runtime="transformers", budget=budget, registry=registry)
+    planned = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
     inputs = _inputs(planned, None, text, max_tokens)
     loaded = _execute(planned, registry, "transformers", "loading")
     result = _evaluate(loaded, inputs)
@@ -261,6 +438,53 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
         terminal.print_json([plugin.as_dict() for plugin in registry.plugins])
     else:
         terminal.print_plugins(registry)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
+def families(as_json: bool, disable: tuple[str, ...]) -> None:
+    """List known model families: name, model types, who ships the descriptor. Imports no plugin."""
+    from moeplug import terminal
+
+    found = sorted(_registry(disable).families(), key=lambda family: family.name)
+    if as_json:
+        terminal.print_json(
+            [{"name": f.name, "model_types": f.model_types, "origin": f.origin, "path": str(f.source)} for f in found]
+        )
+    else:
+        terminal.print_families(found)
+
+
+@cli.command("family-check")
+@click.argument("model_type")
+@click.option("--family", metavar="FILE|NAME", help="The descriptor to prove. Default: the one that serves MODEL_TYPE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_options
+def family_check(model_type: str, family: str | None, as_json: bool, disable: tuple[str, ...]) -> None:
+    """Prove a family descriptor by numbers: MODEL_TYPE's tiny random model, by transformers and by moeplug.
+
+    Where they differ, changes of the descriptor are tried, and one that makes them agree is named.
+    """
+    from tempfile import TemporaryDirectory
+
+    from moeplug import terminal
+    from moeplug.integrations.family_check import prove
+
+    registry = _registry(disable)
+    serving = [f for f in registry.families() if model_type in f.model_types]
+    if family is None and len(serving) != 1:
+        found = "no family" if not serving else " and ".join(str(f.source) for f in serving)
+        raise UsageError(f"{found} serves model type {model_type!r}; name one with --family: see `moeplug families`")
+    chosen = serving[0] if family is None else registry.family(family)
+    with TemporaryDirectory() as folder:
+        proof = prove(chosen, model_type, Path(folder))
+    if as_json:
+        terminal.print_json(proof.as_dict())
+    else:
+        click.echo(proof.describe())
+    if not proof.holds:
+        raise VerificationError(f"{chosen.source}: the descriptor is not proven for {model_type}")
 
 
 @cli.group(invoke_without_command=True)
@@ -334,6 +558,166 @@ def schema(kind: Literal["scheme", "plugin"]) -> None:
     click.echo(json.dumps(generate_schema(kind), indent=2))
 
 
+@cli.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    required=True,
+    callback=lambda ctx, param, value: parse_size(value),
+    help="The most device memory that loading the result may need at its peak, as --budget of `plan` and `load`: 12GB "
+    "(10^9), 12GiB (2^30). Weights outside the experts count unless --runtime none.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The scheme file to write.")
+@click.option(
+    "--candidates",
+    metavar="NAME,...",
+    help="Installed schemes or scheme files to choose from, and none for unquantized. Default: none, and every "
+    "installed scheme that fits and leaves activations in 16 bits.",
+)
+@click.option(
+    "--per",
+    type=click.Choice(["layer", "expert", "projection"]),
+    default="expert",
+    show_default=True,
+    help="Choose for whole layers, for each expert, or for each expert's gate_up and down. Finer is more accurate; "
+    "each way of storing that a layer mixes is one more kernel call.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A UTF-8 text like those the model will meet. Default with the demo: its own.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2),
+    default=4096,
+    show_default=True,
+    help="Use only the first tokens of the text. Each takes hidden size x 2 bytes a layer on the host.",
+)
+@click.option(
+    "--run-as",
+    metavar="FILE|NAME",
+    default="none",
+    show_default=True,
+    help="How the model runs on the text: unquantized, or under a scheme where that does not fit, such as int8.",
+)
+@click.option("--data-free", is_flag=True, help="Judge by the weights alone: no text, and the model is not run.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "none"]),
+    default="transformers",
+    show_default=True,
+    help="What the result will be loaded with: what the budget counts.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+@plugin_options
+def tune(
+    model: Path | None, budget: int, out: Path, candidates: str | None, per: Literal["layer", "expert", "projection"],
+    text: Path | None, max_tokens: int, run_as: str, data_free: bool, device: str | None, runtime: str, as_json: bool,
+    disable: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Choose how each expert is stored so that MODEL fits a budget with the least error, and write the scheme.
+
+    \b
+    moeplug tune MODEL --budget 12GB --text FILE -o my.yaml
+    moeplug tune MODEL --budget 12GB --text FILE -o my.yaml --candidates int8,int8-g32,none --per layer
+    moeplug tune MODEL --budget 12GB --data-free -o my.yaml
+    moeplug load MODEL --scheme ./my.yaml --budget 12GB
+
+    The model reads the text, and what its experts are given is kept. Then the checkpoint is read once more, one expert
+    at a time: each candidate quantizes it, and the error of its output on its own tokens, weighted by the router, is
+    measured. A solver finds the choice with the least sum of errors within the budget. A budget that no choice fits is
+    refused (exit code 6) before anything is read.
+
+    This chooses numbers for weights. `moeplug tune-kernels` chooses tilings for a GPU, and changes no result.
+    """
+    from moeplug import api, mixed, terminal
+
+    if data_free and text is not None:
+        raise UsageError("--data-free uses no text: leave out --data-free or --text")
+    if model is None:
+        terminal.note(f"no MODEL was given: tuning for the demo checkpoint ({api.demo_checkpoint()})")
+        text = text if text or data_free else api.demo_checkpoint().parent / "heldout.txt"
+    if text is None and not data_free:
+        raise UsageError("tune needs --text FILE, what the model reads while it is measured; or --data-free")
+    mixed.require_solver()
+    registry = _registry(disable)
+    wanted = None if candidates is None else mixed.find_candidates(candidates.split(","), registry)
+    task = mixed.Task.open(
+        model, wanted or mixed.default_candidates(registry), registry=registry, per=per, device=device,
+        with_dense=runtime == "transformers", left_out=terminal.note if wanted is None else None,
+    )  # fmt: skip
+    task.require_possible(budget)
+    terminal.check_writable(out)
+    samples = None
+    if text is not None:
+        ids = _inputs(task.any_plan, None, text, max_tokens).ids
+        assert ids is not None
+        samples = _capture(task, run_as, ids)
+    with terminal.progress_bar("measuring experts") as progress:
+        errors = mixed.measure(task, samples, progress)
+    choice = mixed.choose(task, errors, budget)
+    choice.write(out, text)
+    if as_json:
+        terminal.print_json(choice.as_dict() | {"scheme": str(out)})
+    else:
+        terminal.print_choice(choice, out)
+
+
+def _capture(task: Task, run_as: str, ids: Tensor) -> dict[int, Sample]:
+    """Return what each layer's experts are given on a text; the model is gone afterwards."""
+    from moeplug import api, mixed, terminal
+
+    scheme = mixed.unquantized().scheme if run_as == mixed.NONE else run_as
+    with terminal.progress_bar(f"loading, {run_as}") as progress:
+        loaded = api.load(
+            task.checkpoint.path, scheme, device=task.device, runtime="transformers", progress=progress,
+            registry=task.registry,
+        )  # fmt: skip
+    with terminal.progress_bar("reading the text", unit="tokens") as progress:
+        return mixed.capture(loaded, ids, progress)
+
+
+@cli.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The folder in which moeplug-NAME is made. Default: this one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the folder, its files and the next commands as JSON.")
+def new_plugin(name: str, into: Path, as_json: bool) -> None:
+    """Write a plugin to start from: a distribution moeplug-NAME that installs, loads and passes its tests.
+
+    \b
+    moeplug new-plugin mine
+    cd moeplug-mine
+    pip install -e ".[test]"
+    moeplug load --scheme mine
+    pytest
+
+    It has a pyproject.toml with the entry point, plugin.yaml, hooks.py with a number format, a scheme, the conformance
+    tests and a CI file. NAME is what schemes will say under `plugin:`: a-z, 0-9 and '-'. Nothing is overwritten.
+    """
+    from moeplug.registry import Registry
+    from moeplug.scaffold import new_plugin as write
+
+    registry = Registry.discover()
+    formats = [fmt for manifest in registry.manifests().values() for fmt in manifest.formats]
+    files = write(name, into, {*(plugin.name for plugin in registry.plugins), *formats, *registry.scheme_files()})
+    folder = into / f"moeplug-{name}"
+    commands = [f"cd {shlex.quote(str(folder))}", 'pip install -e ".[test]"', f"moeplug load --scheme {name}", "pytest"]
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "files": [str(f) for f in files], "next": commands}, indent=2))
+        return
+    for file in files:
+        click.echo(file)
+    click.echo("\nNext:\n" + "\n".join(f"  {command}" for command in commands))
+
+
 @cli.command("tune-kernels")
 @click.option(
     "--scheme",
@@ -366,6 +750,8 @@ def tune_kernels(
 ) -> None:  # fmt: skip
     """Measure the Triton kernel's tiles on this GPU for a model's sizes, and keep the fastest.
 
+    It changes speed alone; `moeplug tune` chooses how experts are stored.
+
     \b
     moeplug tune-kernels --scheme int8 --model MODEL               for a model
     moeplug tune-kernels --scheme int8 --shape 128,2048,768,8      for sizes
@@ -378,7 +764,7 @@ def tune_kernels(
     from moeplug.kernels import tuned, tuning
 
     registry = _registry(disable)
-    wanted = _shapes(model, shapes)
+    wanted = _shapes(model, shapes, registry)
     counts = _numbers("--m", tokens) if tokens is not None else tuple(2**i for i in range(14))
     if dry_run:
         registry.scheme(scheme)  # what would be refused is refused
@@ -426,7 +812,7 @@ def _tune(
         click.echo(f"{len(session.cells)} cells in {session.run['seconds']} s: {session.path}")
 
 
-def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]]:
+def _shapes(model: Path | None, shapes: tuple[str, ...], registry: Registry) -> list[tuple[int, ...]]:
     """Return the distinct (E, H, I, T) that are asked for."""
     found = [_numbers("--shape", shape, 4) for shape in shapes]
     if any(T > E for E, _, _, T in found):
@@ -438,7 +824,7 @@ def _shapes(model: Path | None, shapes: tuple[str, ...]) -> list[tuple[int, ...]
         config = read_config(model)
         found += [
             (layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.experts_per_token)
-            for layer in find_family(config).layers(config)
+            for layer in find_family(config, registry.families()).layers(config)
         ]
     if not found:
         raise UsageError("tune-kernels needs sizes: --model MODEL, or --shape E,H,I,T, for example 128,2048,768,8")
@@ -524,6 +910,26 @@ def _evaluate(loaded: Loaded, inputs: Inputs) -> dict[str, Any]:
     with terminal.progress_bar("perplexity, unquantized", unit="tokens") as progress:
         score = evaluation.score_text(reference, inputs.ids, progress)
     return {"text": str(inputs.text), **evaluation.compare(score, scheme)}
+
+
+def _run_tasks(
+    model: Path | None, scheme: str | None, device: str | None, budget: int | None, family: str | None,
+    tasks: tuple[str, ...], limit: int | None, registry: Registry,
+) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
+    """Return the plan and {"scheme_scores", "reference_scores"} of the harness's tasks."""
+    from moeplug import api, evaluation
+    from moeplug.integrations import lm_eval
+    from moeplug.integrations.transformers import reference_model
+
+    found = lm_eval.Tasks(tasks)
+    plan = api.plan(
+        model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
+    )
+    tokenizer = evaluation.load_tokenizer(plan.checkpoint.path)
+    loaded = _execute(plan, registry, "transformers", "loading")
+    scores = found.scores(loaded.model, tokenizer, limit)
+    reference = found.scores(reference_model(plan.checkpoint.path, plan.device), tokenizer, limit)
+    return plan, {"scheme_scores": scores, "reference_scores": reference}
 
 
 class Terminated(BaseException):

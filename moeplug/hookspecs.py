@@ -5,7 +5,8 @@
 The unit is an expert group: the experts of one layer that share a weight spec and a plugin. For each stage exactly one
 provider is asked: the plugin that the scheme (or an override) names for the group. It answers, or returns None, which
 means "use the core's default". Every stage has a default, so a plugin implements only what its format needs more.
-`firstresult` never chooses; two answers are an error. Observers (`kind: observer`) wrap stages and answer none.
+`firstresult` never chooses; two answers are an error. Observers (`kind: observer`) wrap stages and answer none; what
+lies between the stages, reading and copying, they are told with `moeplug_event`.
 
     import moeplug
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -81,11 +82,29 @@ class StageContext:
         return self.request.down_format if projection == "down" else self.request.gate_up_format
 
 
+@dataclass(frozen=True)
+class LoadEvent:
+    """Something that a load did between two moments, beside the stages.
+
+    what: "read", bytes came from a file; "copy", they were brought to a GPU (a CPU takes them where they are); "load",
+    all of it, told last, also where the load fails. tensor: whose bytes, by its name in the checkpoint, or the first
+    of several that lie side by side; "" for "load".
+    started, ended: seconds as time.perf_counter gives them.
+    """
+
+    what: Literal["read", "copy", "load"]
+    tensor: str
+    nbytes: int
+    started: float
+    ended: float
+
+
 @hookspec
 def moeplug_register(registry: Registration) -> None:
     """Register the formats and kernels that plugin.yaml declares.
 
-    When: once, when a scheme first names the plugin. Listing and checking never come here.
+    When: once, when a scheme first names the plugin, or `--observe` an observer, which may prepare itself here.
+    Listing and checking never come here.
     Given: registry, with add_format(NumberFormat) and add_kernel(Kernel).
     Return: nothing. A name that plugin.yaml does not declare, or a declared one that was not added, is an error, and
     then nothing of this plugin stays registered.
@@ -124,6 +143,7 @@ def moeplug_load(ctx: StageContext, projection: Projection, experts: Sequence[in
     Return: (B, N, K) of 16- or 32-bit floats, finite. It may be `tensor` itself, which must not be changed in place:
     it may be the caller's own.
     None: the core takes the tensor as it is.
+    Not called for weights that a checkpoint stores in the scheme's own numbers: they pass stages 2 and 3 by.
 
         @moeplug.hookimpl
         def moeplug_load(ctx, projection, experts, tensor):
@@ -190,6 +210,21 @@ def moeplug_setup_kernel(
         @moeplug.hookimpl
         def moeplug_setup_kernel(ctx, weights, scales):
             return functools.partial(my_fused_experts, weights["w13"], weights["w2"], scales)
+    """
+
+
+@hookspec
+def moeplug_event(event: LoadEvent) -> None:
+    """Tell an observer what happens between the stages: reading, copying, and the end of the load.
+
+    When: after it happened. Reads are told by the threads that read, while others run the stages.
+    Given: event.
+    Return: nothing. Only observers are told; this hook is the one that they implement without a wrapper.
+
+        @moeplug.hookimpl
+        def moeplug_event(event):
+            if event.what == "read":
+                print(event.tensor, event.nbytes, event.ended - event.started, file=sys.stderr)
     """
 
 

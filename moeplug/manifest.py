@@ -210,6 +210,9 @@ class Manifest(BaseModel):
     schemes: FolderName | None = Field(
         default=None, description="the folder of scheme files inside the package, a plain name such as schemes"
     )
+    families: FolderName | None = Field(
+        default=None, description="the folder of family descriptors inside the package, a plain name such as families"
+    )
     formats: Names = Field(default=(), description="number formats that the hooks register")
     kernels: Names = Field(default=(), description="kernels that the hooks register; the core's need no mention")
     capabilities: Capabilities = Field(default=(), description="what a scheme may ask of the formats")
@@ -242,15 +245,15 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _brings_something(self) -> Manifest:
         if self.kind == "observer":
-            for field in ("schemes", "formats", "kernels", "capabilities"):
+            for field in ("schemes", "families", "formats", "kernels", "capabilities"):
                 if getattr(self, field):
                     raise field_error(field, "an observer only watches; leave it out, or say kind: scheme")
         if self.hooks is None:
             for field in ("formats", "kernels"):
                 if getattr(self, field):
                     raise field_error(field, "hooks is missing: the module whose moeplug_register adds these")
-            if self.schemes is None:
-                raise field_error("hooks", "the plugin brings nothing: give hooks, schemes or both")
+            if self.schemes is None and self.families is None:
+                raise field_error("hooks", "the plugin brings nothing: give hooks, schemes or families")
         return self
 
     def options_model(self) -> type[BaseModel]:

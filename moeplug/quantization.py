@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -104,10 +104,20 @@ def zero_point_dtype(fmt: NumberFormat) -> torch.dtype:
     return torch.int8 if fmt.asymmetric_range is not None and fmt.asymmetric_range[0] < 0 else torch.uint8
 
 
+def range_of(spec: WeightSpec, fmt: NumberFormat) -> tuple[float, float]:
+    """Return (lowest, highest) stored value. A symmetric scale is amax over half of what lies between them."""
+    if spec.symmetric and spec.range == "symmetric":
+        return -fmt.max_value, fmt.max_value
+    assert fmt.asymmetric_range is not None
+    return fmt.asymmetric_range
+
+
 def check_spec(spec: WeightSpec, fmt: NumberFormat, N: int, K: int) -> None:
     """Raise SchemeError where a spec asks what its format, or a weight of (N, K), cannot give."""
     if not spec.symmetric and (fmt.asymmetric_range is None or spec.strategy == "tensor"):
         raise SchemeError(f"format {fmt.name}, strategy {spec.strategy}: no zero points; use symmetric: true")
+    if spec.range == "full" and (fmt.asymmetric_range is None or fmt.asymmetric_range[0] >= 0):
+        raise SchemeError(f"format {fmt.name} has no values below its symmetric range; leave range: full out")
     if spec.group_size and K % spec.group_size and not spec.pad:
         raise SchemeError(f"{does_not_divide(K, spec.group_size)} pad: true, or strategy: channel")
     if K % fmt.values_per_element:
@@ -131,10 +141,7 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
     check_spec(spec, fmt, *weight.shape[1:])
     scales = _empty_scales(weight, spec, fmt)
     _write_scales(weight, spec, fmt, scales)
-    divisors, low, high = scales.values(weight.shape[1]), -fmt.max_value, fmt.max_value
-    if scales.zero_point is not None:
-        assert fmt.asymmetric_range is not None
-        low, high = fmt.asymmetric_range
+    divisors, (low, high) = scales.values(weight.shape[1]), range_of(spec, fmt)
     G = spec.columns(weight.shape[2])
     for b, rows in row_chunks(weight):
         part = weight[b, rows]
@@ -158,12 +165,29 @@ def dequantize(
     decode(stored, fmt, weight, words)
     if scales.scale is None:
         return weight
+    return dequantized(weight, scales)
+
+
+def dequantized(values: Tensor, scales: Scales) -> Tensor:
+    """Return (values - zero_point) * scale of decoded values (B, N, K) float32, in place."""
+    assert scales.scale is not None
+    _, N, K = values.shape
     of_groups = scales.values(N)
-    for part, columns in groups(weight, scales.block[1] if scales.block else K // scales.scale.shape[2]):
+    for part, columns in groups(values, scales.block[1] if scales.block else K // scales.scale.shape[2]):
         if scales.zero_point is not None:
             part -= scales.zero_point[..., columns, None].float()
         part *= of_groups[..., columns, None]
-    return weight
+    return values
+
+
+def in_scale_dtype(scales: Scales, spec: WeightSpec) -> Scales | None:
+    """Return scales in a spec's own type; None where one of them is no number of that type."""
+    assert scales.scale is not None
+    dtype = scale_dtype(spec)
+    if scales.scale.dtype == dtype:
+        return scales
+    scale = scales.scale.to(dtype)
+    return replace(scales, scale=scale) if torch.equal(scale.float(), scales.scale.float()) else None
 
 
 def encode(values: Tensor, fmt: NumberFormat, out: Tensor, words: bool = False) -> None:
@@ -333,8 +357,7 @@ def _write_scales(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, into: Sca
             into.global_scale.copy_(_global_scale(amax.amax((1, 2), keepdim=True), fmt))
         into.scale.copy_(_final(amax, spec, fmt, into.global_scale))
         return
-    assert fmt.asymmetric_range is not None
-    low, high = fmt.asymmetric_range
+    low, high = range_of(spec, fmt)
     ends = [part.aminmax(dim=-1) for part, _ in groups(weight, spec.columns(weight.shape[2]))]
     smallest = torch.cat([end for end, _ in ends], dim=-1).float().clamp_(max=0)
     largest = torch.cat([end for _, end in ends], dim=-1).float().clamp_(min=0)
@@ -362,7 +385,8 @@ def _final(amax: Tensor, spec: WeightSpec, fmt: NumberFormat, global_scale: Tens
     """Return symmetric scales, as they are stored, of groups with these absolute maxima; 1 for a group of zeros."""
     if spec.scale_dtype == E8M0:
         return _exponents(amax, fmt)
-    scale = _divided(amax, fmt.max_value)
+    low, high = range_of(spec, fmt)
+    scale = _divided(amax, (high - low) / 2)
     if global_scale is None:
         return _rounded(scale, spec)
     # Floored: a scale of zero would lose the whole group, and divide by zero.

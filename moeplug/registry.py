@@ -4,7 +4,7 @@ States of a plugin, as `moeplug plugins` lists them:
     active        its plugin.yaml is good; its code is imported when a scheme names it
     broken        plugin.yaml or the code does not load; the reason says why
     incompatible  written for another `api:` than this moeplug speaks
-    conflict      two distributions declare the same plugin, format, kernel or scheme
+    conflict      two distributions declare the same plugin, format, kernel, scheme or family
     blocked       ruled out by --disable or MOEPLUG_PLUGINS
 """
 
@@ -15,21 +15,23 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pluggy
 
 from moeplug import hookspecs
+from moeplug.checkpoint.family import Family, known_families
 from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
+from moeplug.problems import did_you_mean
 from moeplug.scheme import Scheme, find_scheme
 
 if TYPE_CHECKING:
     from moeplug.formats import NumberFormat
-    from moeplug.hookspecs import StageContext
+    from moeplug.hookspecs import LoadEvent, StageContext
     from moeplug.kernels.select import Kernel
 
 ENTRY_POINT_GROUP = "moeplug"
@@ -55,9 +57,16 @@ class Plugin:
 
     def scheme_files(self) -> dict[str, Path]:
         """Return the schemes it ships: name → file."""
-        if self.path is None or self.manifest is None or self.manifest.schemes is None:
+        return self._files(None if self.manifest is None else self.manifest.schemes)
+
+    def family_files(self) -> dict[str, Path]:
+        """Return the family descriptors it ships: name → file."""
+        return self._files(None if self.manifest is None else self.manifest.families)
+
+    def _files(self, folder: str | None) -> dict[str, Path]:
+        if self.path is None or folder is None:
             return {}
-        return {file.stem: file for file in sorted((self.path.parent / self.manifest.schemes).glob("*.yaml"))}
+        return {file.stem: file for file in sorted((self.path.parent / folder).glob("*.yaml"))}
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `moeplug plugins --json` prints."""
@@ -74,7 +83,22 @@ class Plugin:
             "kernels": [] if manifest is None else list(manifest.kernels),
             "capabilities": [] if manifest is None else list(manifest.capabilities),
             "schemes": sorted(self.scheme_files()),
+            "families": sorted(self.family_files()),
         }
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One function of one plugin behind a hook. wraps: it watches, and answers nothing."""
+
+    plugin: str
+    function: Callable[..., Any]
+    wraps: bool
+
+    @property
+    def place(self) -> str:
+        """Return where it stands, for example `moeplug_int4.hooks.moeplug_quantize`."""
+        return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
 class Registration:
@@ -131,7 +155,7 @@ class Registry:
         self._callers: dict[tuple[str, str | None], pluggy.HookCaller] = {}
 
     @classmethod
-    def discover(cls, disable: Iterable[str] = (), only: Iterable[str] | None = None) -> Registry:
+    def discover(cls, disable: Iterable[str] = (), only: Iterable[str] | None = None) -> Self:
         """Read the manifests of all installed plugins.
 
         disable: names to block. only: names to allow; None: those of MOEPLUG_PLUGINS, or all where it is not set.
@@ -168,6 +192,34 @@ class Registry:
             if ships and name_or_path not in installed:
                 self.require(plugin.name, f"scheme '{name_or_path}'")
         return find_scheme(name_or_path, installed)
+
+    def families(self) -> list[Family]:
+        """Return all families: moeplug's own, and those of active plugins. Imports no plugin.
+
+        A descriptor that is wrong is one line on standard error, and harms no other.
+        """
+        found = list(known_families())
+        for plugin in self.usable().values():
+            for file in plugin.family_files().values():
+                try:
+                    found.append(Family.load(file, f"{plugin.distribution} {plugin.version}"))
+                except MoeplugError as error:
+                    print(f"moeplug: a family of {plugin.label} is left out: {error}", file=sys.stderr)
+        return found
+
+    def family(self, name_or_path: str) -> Family:
+        """Return the family in a file (with a / or .yaml), or a known one by its name."""
+        if "/" in name_or_path or name_or_path.endswith(".yaml"):
+            return Family.load(Path(name_or_path), "a file")
+        families = self.families()
+        for family in families:
+            if family.name == name_or_path:
+                return family
+        names = sorted(family.name for family in families)
+        raise UsageError(
+            f"family {name_or_path!r} is not known{did_you_mean(name_or_path, names)}; known: {', '.join(names)}; "
+            "a file has a / in its path or ends in .yaml"
+        )
 
     def require(self, name: str, wanted_by: str) -> Plugin:
         """Return an active plugin, or raise PluginError that says what is wrong with it and who wants it."""
@@ -228,15 +280,61 @@ class Registry:
         own = self._active[plugin].kernels.values() if plugin in self._active else ()
         return [*own, *core_kernels()]
 
+    def brings_kernel(self, plugin: str | None, kernel: str) -> bool:
+        """Return whether a kernel that serves the plugin's groups is its own; else it is the core's."""
+        return plugin in self._active and kernel in self._active[plugin].kernels
+
     def call(self, stage: str, ctx: StageContext, default: Callable[[], Any], **given: Any) -> Any:
         """Ask the group's provider for one stage; None from it means `default()`.
 
         A provider's own MoeplugError passes; any other exception becomes a PluginError that names plugin, stage and
-        layer.
+        layer. Observers see the call, and the answer as a list of one; what they return or catch changes nothing.
         """
-        hook = "moeplug_" + stage
+        if not self._observers:
+            return self._answer(stage, ctx, default, given)
+        answers: list[Any] = []
+        failures: list[BaseException] = []
+
+        def answer() -> Any:
+            try:
+                answers.append(self._answer(stage, ctx, default, given))
+            except BaseException as error:
+                failures.append(error)
+                raise
+            return answers[0]
+
         try:
-            answers = self._caller(hook, ctx.plugin)(ctx=ctx, **given)
+            self._watchers("moeplug_" + stage).call_extra([answer], {"ctx": ctx, **given})
+        except Exception as error:
+            if not failures:
+                raise self._observer_failed(f"stage {stage}, layer {ctx.layer.index}", error) from error
+        if failures:
+            raise failures[0]
+        return answers[0]
+
+    def tell(self, event: LoadEvent) -> None:
+        """Tell the observers of something beside the stages."""
+        if not self._observers:
+            return
+        try:
+            self._watchers("moeplug_event")(event=event)
+        except Exception as error:
+            raise self._observer_failed(f"event {event.what}", error) from error
+
+    def implementations(self, stage: str, plugin: str | None) -> list[Implementation]:
+        """Return what an active plugin and the observers have for a stage, in the order of plugins."""
+        hook = "moeplug_" + stage
+        found = [*self._caller(hook, plugin).get_hookimpls(), *self._watchers(hook).get_hookimpls()]
+        return [Implementation(i.plugin_name, i.function, i.wrapper or i.hookwrapper) for i in found]
+
+    @property
+    def observers(self) -> tuple[str, ...]:
+        """The observers that are on."""
+        return tuple(self._observers)
+
+    def _answer(self, stage: str, ctx: StageContext, default: Callable[[], Any], given: Mapping[str, Any]) -> Any:
+        try:
+            answers = self._caller("moeplug_" + stage, ctx.plugin)(ctx=ctx, **given)
             if not answers:  # the default runs the plugin's code too: its format encodes, its kernel binds
                 return default()
         except Exception as error:
@@ -247,16 +345,34 @@ class Registry:
             raise PluginError(f"{self._where(stage, ctx)}: two answers; exactly one is allowed")
         return answers[0]
 
+    def answers(self, plugin: str | None, stage: str) -> bool:
+        """Return whether a plugin implements a stage itself, if only to return None."""
+        return any(found.plugin_name == plugin for found in self._caller("moeplug_" + stage, plugin).get_hookimpls())
+
     def _where(self, stage: str, ctx: StageContext) -> str:
         return f"plugin '{ctx.plugin}', stage {stage}, layer {ctx.layer.index}"
 
     def _caller(self, hook: str, provider: str | None) -> pluggy.HookCaller:
         key = (hook, provider)
         if key not in self._callers:
-            keep = {provider, *self._observers}
-            others = [p for n, p in self._manager.list_name_plugin() if n not in keep]
-            self._callers[key] = self._manager.subset_hook_caller(hook, remove_plugins=others)
+            self._callers[key] = self._subset(hook, {provider})
         return self._callers[key]
+
+    def _watchers(self, hook: str) -> pluggy.HookCaller:
+        key = (hook, "--observe")  # no plugin's name
+        if key not in self._callers:
+            self._callers[key] = self._subset(hook, self._observers)
+        return self._callers[key]
+
+    def _subset(self, hook: str, keep: Container[str | None]) -> pluggy.HookCaller:
+        others = [plugin for name, plugin in self._manager.list_name_plugin() if name not in keep]
+        return self._manager.subset_hook_caller(hook, remove_plugins=others)
+
+    def _observer_failed(self, where: str, error: Exception) -> MoeplugError:
+        if isinstance(error, MoeplugError):
+            return error
+        names = ", ".join(f"'{name}'" for name in self._observers)
+        return PluginError(f"observer {names}, {where} failed: {type(error).__name__}: {error}")
 
     def _register(self, plugin: Plugin, registration: Registration) -> None:
         manifest = plugin.manifest
@@ -265,17 +381,19 @@ class Registry:
         module = importlib.import_module(manifest.hooks)
         self._manager.register(module, name=plugin.name)
         self._manager.check_pending()
-        if manifest.kind == "observer":
-            _demand_wrappers(self._manager, module)
-        others = [p for n, p in self._manager.list_name_plugin() if n != plugin.name]
-        self._manager.subset_hook_caller("moeplug_register", remove_plugins=others)(registry=registration)
+        _check_kind(self._manager, module, manifest.kind)
+        self._subset("moeplug_register", {plugin.name})(registry=registration)
         registration.check_complete()
 
 
-def _demand_wrappers(manager: pluggy.PluginManager, module: object) -> None:
+def _check_kind(manager: pluggy.PluginManager, module: object, kind: str) -> None:
+    """Raise PluginError where an observer answers a stage, or another plugin has a hook that is for observers."""
     for caller in manager.get_hookcallers(module) or ():
+        if kind != "observer" and caller.name == "moeplug_event":
+            raise PluginError("moeplug_event is told to observers alone; say kind: observer in plugin.yaml")
         for implementation in caller.get_hookimpls():
-            if implementation.plugin is module and not (implementation.wrapper or implementation.hookwrapper):
+            answers = implementation.plugin is module and not (implementation.wrapper or implementation.hookwrapper)
+            if kind == "observer" and answers and caller.name in hookspecs.STAGE_HOOKS:
                 raise PluginError(f"an observer answers no stage, but {caller.name} is not a hook wrapper")
 
 
@@ -352,6 +470,7 @@ def _claims(plugin: Plugin) -> list[tuple[str, str]]:
         "format": plugin.manifest.formats,
         "kernel": plugin.manifest.kernels,
         "scheme": plugin.scheme_files(),
+        "family": plugin.family_files(),
     }
     return [(kind, name) for kind, names in named.items() for name in names]
 

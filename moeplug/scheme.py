@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -152,6 +153,9 @@ class Scheme(BaseModel):
         default=(), description="exceptions; for each expert weight the last one that matches wins"
     )
     accept: Accept | None = Field(default=None, description="limits; left out: errors are reported, never refused")
+    requantize: bool = Field(
+        default=False, description="true: dequantize a checkpoint that is quantized already, and quantize it anew"
+    )
     options: dict[str, Any] = Field(default={}, description="the plugin's own options, as its plugin.yaml declares")
 
     _document: Document = PrivateAttr(default_factory=lambda: Document("<scheme>", None))
@@ -210,6 +214,8 @@ class Scheme(BaseModel):
         Parents are merged in and defaults written out, so comments, key order and `x-` keys do not count.
         """
         data = self.model_dump(mode="json", exclude={"name", "description", "extends", "overrides"})
+        if not self.requantize:  # schemes from before this field keep their hash
+            del data["requantize"]
         data["overrides"] = [o.model_dump(mode="json", include=o.model_fields_set) for o in self.overrides]
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -249,6 +255,12 @@ class Scheme(BaseModel):
         """Return the scheme as YAML with its parents merged in: what was given, without defaults and comments."""
         data = self.model_dump(mode="json", exclude_unset=True, exclude={"extends"})
         return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def yaml_line(value: Any) -> str:
+    """Return plain data as YAML on one line, as schemes have it: {format: int8, strategy: channel}."""
+    # In a list: a plain scalar alone would be followed by a line of dots.
+    return yaml.dump([value], Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def find_scheme(name_or_path: str, installed: Mapping[str, Path]) -> Scheme:

@@ -48,6 +48,11 @@ class WeightSpec(BaseModel):
         description="strategy block: [rows, columns] that share a scale",
     )
     symmetric: bool = Field(default=True, description="false: a zero point beside every scale")
+    range: Literal["symmetric", "full"] = Field(
+        default="symmetric",
+        description="symmetric: the largest magnitude of a group becomes the format's largest value; full: integers "
+        "use the lowest value too, as compressed-tensors does (-128 to 127 with scale amax / 127.5)",
+    )
     scale_dtype: Literal["float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"] = Field(
         default="float32",
         description="what scales are rounded to before the weights are encoded with them; float8_e8m0fnu: powers of "
@@ -64,12 +69,17 @@ class WeightSpec(BaseModel):
             raise field_error("symmetric", "strategy: block has no zero points; write symmetric: true")
         if not self.symmetric and self.scale_dtype.startswith("float8"):
             raise field_error("symmetric", f"scale_dtype: {self.scale_dtype} has no zero points; write symmetric: true")
+        if not self.symmetric and self.range == "full":
+            raise field_error("range", "symmetric: false uses the whole range anyway; leave range out")
+        if self.range == "full" and self.scale_dtype.startswith("float8"):
+            raise field_error("range", f"scale_dtype: {self.scale_dtype} has a rule of its own; leave range out")
         return self
 
     @model_serializer(mode="wrap")
     def _without_a_later_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `pad` where it is false: schemes of before keep their hash."""
-        return {key: value for key, value in dump(self).items() if key != "pad" or value}
+        """Leave out `pad` and `range` where they are the default: schemes of before keep their hash."""
+        later = {"pad": False, "range": "symmetric"}
+        return {key: value for key, value in dump(self).items() if key not in later or value != later[key]}
 
     @property
     def scale_rows(self) -> int:
@@ -89,7 +99,8 @@ class WeightSpec(BaseModel):
         """Return a short label, for example `int8 g128 asym`."""
         size = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block_structure or ()))}
         words = [self.format, size.get(self.strategy, self.strategy)]
-        return " ".join(words if self.symmetric else [*words, "asym"])
+        words += ["asym"] if not self.symmetric else ["full"] if self.range == "full" else []
+        return " ".join(words)
 
 
 class ActivationSpec(BaseModel):

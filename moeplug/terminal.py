@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,15 @@ from rich.text import Text
 from moeplug.errors import InputOutputError, UsageError
 
 if TYPE_CHECKING:
+    from moeplug.checkpoint.family import Family
+    from moeplug.exporting import Exported
+    from moeplug.mixed import Choice
     from moeplug.pipeline import Plan, Report
+    from moeplug.pipeline.builder import LayerErrors
     from moeplug.pipeline.flow import Timings
     from moeplug.registry import Registry
     from moeplug.scheme import Scheme
+    from moeplug.verifying import Verified
 
 DEMO_PROMPT = "The :mod:`json` module"
 MIN_WIDTH = 120  # of a table that is not on a terminal: wrapped cells are of no use to grep
@@ -152,12 +157,113 @@ def print_plan(plan: Plan) -> None:
     for name, reason in sorted(reasons):
         console.print(f"  not chosen: {name}: {reason}", soft_wrap=True)
     before, after = plan.expert_bytes_before, plan.expert_bytes_after
+    weights = sum(source.role == "weight" and not source.of_bias for source in plan.sources)
     _print_lines(
         console,
-        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {len(plan.sources):,} expert weights"),
+        ("experts", f"{size(before)} → {size(after)} ({after / before:.1%}), {weights:,} expert weights"),
+        *(
+            []
+            if plan.encoding is None
+            else [("stored as", f"{plan.encoding.label}; kept where the scheme asks for it")]
+        ),
         ("other weights", f"{len(plan.kept):,} tensors, {size(plan.dense_bytes)}, kept as they are"),
         ("peak", f"{size(plan.peak_bytes)} on {plan.device}, {size(plan.transient_bytes)} of it only while loading"),
     )
+
+
+def print_exported(exported: Exported, model: Path) -> None:
+    """Print what an export wrote, its worst error, and who reads it."""
+    console = out()
+    console.print(f"{model} → {exported.folder}, {exported.form}", style="italic", soft_wrap=True)
+    before, after = exported.bytes_before, exported.bytes_after
+    readers = [("read by" if i == 0 else "", reader) for i, reader in enumerate(exported.readers)]
+    kept = f"{exported.continued} of the files were finished before" if exported.continued else None
+    _print_lines(
+        console,
+        ("weights", f"{size(before)} → {size(after)} ({after / before:.1%})"),
+        ("files", f"{exported.files}, with sha256 and provenance in moeplug.json"),
+        ("continued", kept),
+        ("worst error", _worst_error(exported.errors)),
+        *readers,
+    )
+
+
+def print_verified(verified: Verified) -> None:
+    """Print what was compared and found equal."""
+    files, errors = f"{verified.files} files, {size(verified.bytes)}, sha256 as recorded", _worst_error(verified.errors)
+    compared = f"{verified.tensors:,} tensors equal what the model's weights become" if verified.errors else None
+    _print_lines(out(), ("equal", files), ("compared", compared), ("worst error", errors if verified.errors else None))
+
+
+def _worst_error(errors: Mapping[int, LayerErrors]) -> str:
+    if not errors:
+        return "none: nothing is quantized"
+    layer, worst = max(errors.items(), key=lambda item: item[1].worst)
+    return f"{worst.worst:.5f}: layer {layer}, {worst.worst_where}"
+
+
+def print_explanation(said: dict[str, Any]) -> None:
+    """Print what `Explanation.as_dict` says: stages, wrappers, kernels here, kernels elsewhere."""
+    console = out()
+    scheme = said["scheme"]
+    console.print(f"{said['model']} under {scheme['name']} on {said['device']}", style="italic", soft_wrap=True)
+    console.print(f"scheme {scheme['name']}: {scheme['path'] or 'in memory'}", soft_wrap=True)
+    for used in said["formats"]:
+        console.print(f"format {used['format']}: {_shipped(used)}, {used['class']}", soft_wrap=True)
+    console.print("\nstages, in running order", style="bold")
+    for stage in said["stages"]:
+        for answer in stage["answered_by"]:
+            whose = f"groups of {answer['groups_of']}" if answer["groups_of"] else "unquantized groups"
+            how = answer["function"] or "the core's default"
+            console.print(f"  {stage['stage']:14}{whose}: {_shipped(answer)}, {how}", soft_wrap=True)
+        for watcher in stage["watched_by"]:
+            console.print(f"  {'':14}watched by {_shipped(watcher)}, {watcher['function']}", soft_wrap=True)
+    observers = said["observers"]
+    off = [name for name in observers["installed"] if name not in observers["on"]]
+    if off:
+        console.print(f"  observers that are not on: {', '.join(off)} (--observe NAME)", soft_wrap=True)
+    console.print(f"\nkernels on {said['device']}", style="bold")
+    _print_choices(console, said["layers"])
+    unprinted = list(said["elsewhere"])
+    while unprinted:  # devices of which the same is to be said share one block
+        layers = unprinted[0]["layers"]
+        alike = [other for other in unprinted if other["layers"] == layers]
+        unprinted = [other for other in unprinted if other["layers"] != layers]
+        console.print(f"\nkernels on {'; '.join(map(_device, alike))}", style="bold", soft_wrap=True)
+        _print_choices(console, layers)
+
+
+def _device(other: dict[str, Any]) -> str:
+    if other["compute_capability"] is None:
+        return str(other["device"])
+    return f"{other['device']} {other['compute_capability']} ({other['for_example']})"
+
+
+def _print_choices(console: Output, layers: Sequence[dict[str, Any]]) -> None:
+    for alike in layers:
+        console.print(f"  layers {alike['layers']}: {alike['sizes']}", soft_wrap=True)
+        for group in alike["groups"]:
+            chosen = "none" if group["kernel"] is None else f"{group['kernel']} ({_shipped(group['kernel_of'])})"
+            console.print(f"    experts {group['experts']}, {group['weights']}: {chosen}", soft_wrap=True)
+            if group["refused"]:
+                console.print(f"      {group['refused']}", soft_wrap=True)
+            for name, reason in group["kernels_not_chosen"].items():
+                console.print(f"      not {name}: {reason}", soft_wrap=True)
+
+
+def _shipped(thing: dict[str, Any]) -> str:
+    return f"{thing['distribution']} {thing['version']}"
+
+
+def print_task_scores(scheme: str, result: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print a line per task and metric: unquantized, under the scheme, and the difference."""
+    console = out()
+    table = _table("task", "metric", "unquantized", scheme, "difference")
+    for task, reference in result["reference_scores"].items():
+        for metric, value in reference.items():
+            found = result["scheme_scores"][task][metric]
+            table.add_row(task, metric, f"{value:.4f}", f"{found:.4f}", f"{found - value:+.4f}")
+    console.print(table)
 
 
 def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
@@ -173,6 +279,31 @@ def print_evaluation(scheme: str, result: dict[str, Any]) -> None:
         console.print(f"{name:>16}  {value}", soft_wrap=True)
 
 
+def print_choice(choice: Choice, file: Path) -> None:
+    """Print what `tune` chose beside what each candidate alone would cost, and where the scheme is."""
+    console, errors = out(), choice.errors
+    counts = {option.name: count for option, count in choice.counts.items()}
+    table = _table("experts", "chosen", "alone: bytes", "peak", "error", "")
+    for row in choice.uniforms():
+        fits = "" if choice.fits(row) else "over budget"
+        costs = [size(row.expert_bytes), size(row.peak_bytes), f"{row.relative_rms:.5f}"]
+        table.add_row(row.candidate.name, str(counts.pop(row.candidate.name, 0)), *costs, fits)
+    for name, count in counts.items():  # gate_up and down as two candidates
+        table.add_row(name, str(count))
+    _print_wide(console, table)
+    console.print("errors: root mean square over the layers of ||output - exact|| / ||exact||", style="dim")
+    on = "the weights alone" if errors.data_free else f"{errors.tokens:,} tokens"
+    without = f"; {errors.unreached} got none and were judged by their weights" if errors.unreached else ""
+    before = choice.task.any_plan.expert_bytes_before
+    _print_lines(
+        console,
+        ("mixed", f"{size(choice.expert_bytes)} of experts, unquantized {size(before)}"),
+        ("error", f"{errors.relative_rms(choice.error):.5f}, the least possible sum is at most {choice.gap:.3%} below"),
+        ("measured on", f"{on}, {len(errors.experts):,} experts{without}"),
+        ("scheme", str(file)),
+    )
+
+
 def print_plugins(registry: Registry) -> None:
     """Print a block per installed plugin: what it is, its state and the reason, what it brings, where it lies."""
     console = out()
@@ -182,10 +313,20 @@ def print_plugins(registry: Registry) -> None:
         shown = plugin.as_dict()
         described = f"  {plugin.state}  {plugin.distribution} {plugin.version}"
         console.print(Text.assemble((plugin.name, "bold"), described), soft_wrap=True)
-        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "capabilities")]
+        lists = [(key, ", ".join(shown[key])) for key in ("formats", "kernels", "schemes", "families", "capabilities")]
         for name, value in [("reason", plugin.reason), *lists, ("path", str(plugin.path))]:
             if value:
                 console.print(f"  {name:12}  {value}", soft_wrap=True)
+
+
+def print_families(families: Sequence[Family]) -> None:
+    """Print a line per family: name, who ships it, the model types that it serves."""
+    console = out()
+    name_width, origin_width = (max(len(getattr(f, key)) for f in families) for key in ("name", "origin"))
+    for family in families:
+        unproven = ", unproven" if family.descriptor.unproven else ""
+        line = f"{family.name:{name_width}}  {family.origin:{origin_width}}  {', '.join(family.model_types)}{unproven}"
+        console.print(line, soft_wrap=True)
 
 
 def print_schemes(rows: Sequence[tuple[Scheme, Path]]) -> None:
@@ -234,6 +375,10 @@ def size(count: float) -> str:
 
 def _print_table(console: Output, plan: Plan, table: Table) -> None:
     console.print(f"{plan.checkpoint.path} under {plan.scheme.name} on {plan.device}", style="italic", soft_wrap=True)
+    _print_wide(console, table)
+
+
+def _print_wide(console: Output, table: Table) -> None:
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, needed)  # rich would cut numbers where a table is wider than the console
     console.print(table)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from moeplug.kernels.operands import operand
 from moeplug.kernels.schedule import Blocks, Schedule
 from moeplug.kernels.select import Device, ExpertsForward, KernelRequest
 from moeplug.spec import ActivationSpec, WeightSpec
+from moeplug.testing.interpreter import round_conversions
 
 H100: Final = Device("cuda", 0, (9, 0))
 
@@ -79,14 +79,16 @@ def _forced_cases() -> dict[str, tuple[Case, Schedule]]:
         "fp8-block": (blocks("fp8", 64, 64), {}),
         "int8-w8a8": (WeightSpec(format="int8"), both),
         "fp8-groups": (WeightSpec(format="fp8"), groups),
+        "no-gate": (grouped("int8", 32, symmetric=False), {"gated": False, "activation": "relu2", "bias": True}),
+        "no-gate-groups": (WeightSpec(format="fp8"), groups | {"gated": False, "activation": "relu2"}),
         "w4a8": (grouped("int4", 64), both | {"intermediate": TOKEN["fp8"]}),
     }
     cases = {}
     for schedule_name, schedule in _schedules().items():
         for kind, (spec, fields) in kinds.items():
             fields = {"M": 12, "H": 128, "I": 128, "gate_up": spec, "down": spec, "ids": "hostile"} | fields
-            steps_in_groups = kind != "fp8-groups" or of_64.group_size >= schedule.first.BLOCK_K
-            if (schedule_name == "wide" and kind != "fp8-groups") or not steps_in_groups:
+            steps_in_groups = not kind.endswith("groups") or of_64.group_size >= schedule.first.BLOCK_K
+            if (schedule_name == "wide" and not kind.endswith("groups")) or not steps_in_groups:
                 continue
             if schedule_name == "half":  # of 70 pairs one expert has 64 and some more, or fewer than 32
                 fields |= {"M": 70, "T": 1, "E": 2}
@@ -123,27 +125,9 @@ def slack(case: Case) -> float:
     return 2.0 if case.input_activations or case.intermediate else 1.0
 
 
-def round_conversions() -> None:
-    """Have the interpreter round conversions to narrower floats to nearest even, as GPUs do; it would truncate them."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    theirs = interpreter._convert_float
-    types = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
-
-    def rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source != tl.float32 or target not in types:
-            return theirs(data, source, target, rounding)
-        narrow = torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(types[target])
-        unsigned = {2: torch.uint16, 1: torch.uint8}[narrow.element_size()]
-        return narrow.view(unsigned).numpy().reshape(data.shape)
-
-    interpreter._convert_float = rounded
-
-
 def _decodes(name: str) -> bool:
     """Return whether the decode function of a format gives its values for every word, whatever is multiplied."""
-    from decode_words import decoded_and_expected
+    from moeplug.testing._decode_words import decoded_and_expected
 
     fmt, same = FORMATS[name], []
     for dtype in fmt.exact_in:

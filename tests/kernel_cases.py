@@ -67,6 +67,7 @@ class Case:
     activation_alpha: float = 1.702
     activation_limit: float | None = None
     activation_offset: float = 1.0
+    gated: bool = True
 
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -233,8 +234,16 @@ def _epilogue_cases() -> list[Case]:
         "bias-unquantized": {"bias": True, "gate_up": None, "down": None, "weight_dtype": "float32"},
         "router-weight-on-input": {"router_weight_on_input": True},
         "everything": {"bias": True, "router_weight_on_input": True, **clamped},
+        "no-gate": {"gated": False, "activation": "relu2"},
+        "no-gate-bias": {"gated": False, "activation": "silu", "bias": True, "router_weight_on_input": True},
     }
-    return [Case(f"epilogue-{n}", M=9, H=53, I=37, dtype="float32", ids="hostile", **f) for n, f in fields.items()]
+    cases = [Case(f"epilogue-{n}", M=9, H=53, I=37, dtype="float32", ids="hostile", **f) for n, f in fields.items()]
+    specs = {"int4-g64-asym": SPECS["int4-g64-asym"], "fp8-block": blocks("fp8", 48, 32), "nvfp4": SPECS["nvfp4"]}
+    ungated: dict[str, Any] = {"M": 7, "H": 192, "I": 64, "dtype": "float32", "gated": False, "activation": "relu2"}
+    for name, spec in specs.items():
+        cases.append(Case(f"epilogue-no-gate-{name}", gate_up=spec, down=spec, **ungated))
+    ungated |= {"input_activations": TOKEN["int8"], "intermediate": TOKEN["int8"]}
+    return [*cases, Case("epilogue-no-gate-int8-w8a8", **ungated)]
 
 
 FORMAT_CASES = {case.name: case for case in _format_cases()}
@@ -257,6 +266,7 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
     "float32-fp8": both(SPECS["fp8-channel"], dtype="float32"),
     "float16-int8": both(WeightSpec(format="int8"), dtype="float16", activation="gelu"),
     "int8": both(WeightSpec(format="int8"), bias=True, activation="swiglu_clamped"),
+    "no-gate": both(WeightSpec(format="int8"), gated=False, activation="relu2"),
     "int8-bytes": both(WeightSpec(format="int8"), H=2000, I=760),
     "int8-g32-asym": both(grouped_of("int8", 32, symmetric=False)),
     "int8-g48-asym": both(grouped_of("int8", 48, symmetric=False), H=1920),
@@ -287,19 +297,19 @@ class StoredExperts(Sequence[ExpertWeights]):
             p: request.down_format if p == "down" else request.gate_up_format for p in PROJECTIONS
         }
         device = str(request.device)
-        H, I = request.layer.hidden_size, request.layer.intermediate_size
+        H, I, rows = request.layer.hidden_size, request.layer.intermediate_size, request.layer.w13_rows
         first, second = request.gate_up_format, request.down_format
         self.weights = {
-            "w13": torch.empty(E, 2 * I, H // first.values_per_element, dtype=first.storage_dtype, device=device),
+            "w13": torch.empty(E, rows, H // first.values_per_element, dtype=first.storage_dtype, device=device),
             "w2": torch.empty(E, H, I // second.values_per_element, dtype=second.storage_dtype, device=device),
         }
         self.parts: dict[Projection, list[Scales]] = {p: [] for p in PROJECTIONS}
         generator = torch.Generator(device).manual_seed(seed)
         for e in range(E):
-            for p in PROJECTIONS:
+            for p in request.layer.projections:
                 self.parts[p].append(self._fill(p, e, generator))
         if bias:
-            self.weights["w13_bias"] = torch.randn(E, 2 * I, generator=generator, device=device)
+            self.weights["w13_bias"] = torch.randn(E, rows, generator=generator, device=device)
             self.weights["w2_bias"] = torch.randn(E, H, generator=generator, device=device)
         self.scales = self._kernel_scales()
 
@@ -319,7 +329,7 @@ class StoredExperts(Sequence[ExpertWeights]):
     def _kernel_scales(self) -> dict[str, Tensor]:
         """Return scales as stage create_scales leaves them."""
         store = ScaleStore(StageContext(None, self.request, tuple(range(len(self))), self.kernel, {}))
-        for p in PROJECTIONS:
+        for p in self.request.layer.projections:
             for e, scales in enumerate(self.parts[p]):
                 store.put(p, e, scales)
         return store.tensors
@@ -331,7 +341,9 @@ class StoredExperts(Sequence[ExpertWeights]):
         weights = [self._decoded(p, e) for p in PROJECTIONS]
         return ExpertWeights(*weights, *(self._bias(p, e) for p in PROJECTIONS))
 
-    def _decoded(self, projection: Projection, e: int) -> Tensor:
+    def _decoded(self, projection: Projection, e: int) -> Tensor | None:
+        if projection not in self.request.layer.projections:
+            return None
         stored, scales = self._stored(projection, e), self.parts[projection][e]
         return dequantize(stored, scales, self.formats[projection], None, self.layout.words(projection))[0]
 
@@ -348,6 +360,7 @@ def request_of(case: Case, device: Device = CPU) -> KernelRequest:
         activation_limit=case.activation_limit,
         activation_offset=case.activation_offset,
         router_weight_on_input=case.router_weight_on_input,
+        gated=case.gated,
     )
     formats = [_format(spec, case.weight_dtype) for spec in (case.gate_up, case.down)]
     specs = (case.input_activations, case.intermediate)

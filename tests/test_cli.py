@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,80 @@ def test_eval_prints_perplexity_ratio_and_agreement(run, tmp_path):
     result = json.loads(out)
     assert result["text"] == str(text)
     assert result["perplexity_scheme"] > 1
+
+
+def test_tune_writes_a_scheme_that_loads_within_the_budget(run, tmp_path):
+    text, scheme = tmp_path / "text.txt", tmp_path / "my.yaml"
+    text.write_text("The module defines the following functions.\n" * 20)
+    options = ("--budget", "17.5MB", "--candidates", "int8,mxfp4,none", "--device", "cpu")
+    code, out, err = run("tune", *options, "--text", text, "--max-tokens", "90", "-o", scheme)
+    assert code == 0
+    for part in ("mixed", "over budget", "90 tokens, 40 experts", str(scheme)):
+        assert part in out
+    assert "no MODEL was given: tuning for the demo checkpoint" in err
+    code, out, _ = run("plan", "--scheme", scheme, "--budget", "17.5MB", "--device", "cpu", "--json")
+    assert code == 0
+    planned = json.loads(out)
+    code, out, _ = run("tune", *options, "--data-free", "-o", scheme, "--json")
+    result = json.loads(out)
+    assert (result["data_free"], result["experts"]) == (True, 40)
+    assert sum(result["chosen"].values()) == 40
+    for found in (planned["expert_bytes_after"], result["expert_bytes"]):
+        assert 4_000_000 < found <= 17_500_000 - planned["dense_bytes"] - planned["transient_bytes"]
+
+
+def test_tune_runs_a_model_under_a_scheme_too(run, tmp_path):
+    options = ("--candidates", "int8,int8-g32", "--per", "layer", "--max-tokens", "64", "--device", "cpu")
+    code, out, err = run("tune", "--budget", "17MB", *options, "--run-as", "int8", "-o", tmp_path / "my.yaml", "--json")
+    assert code == 0
+    assert "loading, int8" in err
+    layers = json.loads(out)["layers"]
+    assert [list(options.values()) for options in layers.values()] == [["0-7"]] * 5
+
+
+def test_tune_may_store_gate_up_and_down_of_an_expert_differently(run, tmp_path):
+    options = ("--candidates", "mxfp4,mxfp8", "--per", "projection", "--device", "cpu", "--data-free")
+    code, out, _ = run("tune", "--budget", "15MB", *options, "-o", tmp_path / "my.yaml")
+    assert code == 0
+    assert re.search(r"^(mxfp4 \+ mxfp8|mxfp8 \+ mxfp4) +[0-9]+", out, re.MULTILINE)
+    assert "projections: [" in (tmp_path / "my.yaml").read_text()
+
+
+def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path):
+    scheme = tmp_path / "my.yaml"
+    code, _, err = run("tune", "--budget", "3MB", "--candidates", "int8,none", "--data-free", "-o", scheme)
+    assert code == 6
+    assert "no choice fits --budget 3.00 MB: the smallest budget that one fits is 16" in err
+    assert not scheme.exists()
+    smallest = re.search("one fits is ([0-9]+) bytes", err)[1]
+    code, _, _ = run("tune", "--budget", smallest, "--candidates", "int8,none", "--data-free", "-o", scheme)
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("MODEL", "--budget", "1GB", "-o", "x.yaml"), "tune needs --text FILE"),
+        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "--data-free uses no text"),
+        (("--budget", "1GB", "-o", "x.yaml", "--candidates", ""), "--candidates names nothing"),
+        (("--budget", "1GB", "-o", "x.yaml", "--candidates", "int8,intt8"), "no scheme is called 'intt8'"),
+        (("--budget", "1 zebra", "-o", "x.yaml"), "--budget '1 zebra' is not a size"),
+    ],
+    ids=["no_text", "text_and_data_free", "no_candidates", "unknown_candidate", "no_size"],
+)
+def test_what_tune_cannot_do_is_one_message(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("tune", *arguments)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.glob("*.yaml")) == []
+
+
+def test_without_scipy_tune_says_what_to_install_before_it_reads(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("tune", "--budget", "1GB", "--data-free", "-o", tmp_path / "x.yaml")
+    assert code == 2
+    assert "pip install 'moeplug[tune]'" in err
 
 
 def test_plugins_lists_state_distribution_and_capabilities(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moeplug.checkpoint.family import Family, WeightSource, by_piece, find_famil
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
 from moeplug.errors import CheckpointError
 from moeplug.moe.layout import PROJECTIONS, LayerSpec
+from moeplug.moe.router import RouterSpec
 
 MOE_LAYERS = {"qwen3_moe": [0, 2], "mixtral": [0, 1], "olmoe": [0, 1], "jamba": [1, 3]}
 DESCRIPTOR = """
@@ -33,7 +35,7 @@ activation: silu
 disk:
   - gate_up: model.layers.{layer}.mlp.experts.gate_up_proj
     down: model.layers.{layer}.mlp.experts.down_proj
-routing: {score: softmax, renormalize: true}
+routing: {weight: "model.layers.{layer}.mlp.gate.weight", score: softmax, renormalize: true}
 transformers:
   experts: model.layers.{layer}.mlp.experts
 """
@@ -49,7 +51,8 @@ def everything(checkpoint: Checkpoint, family: Family | None = None) -> tuple[li
     """Return all expert weights and the names of all other tensors, as a plan would."""
     family = family or find_family(checkpoint.config)
     sources = [s for layer in family.layers(checkpoint.config) for s in family.locate(layer, checkpoint.tensors)]
-    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    claimed = {source.tensor.name for source in sources}
+    kept = family.unclaimed(checkpoint.tensors, claimed, checkpoint.config)
     return sources, tuple(tensor.name for tensor in kept)
 
 
@@ -139,7 +142,7 @@ def test_all_other_tensors_are_kept_and_have_a_place_in_the_transformers_model(
     for name in kept:
         assert tuple(memory[family.memory_name(name)].shape) == checkpoint.tensors[name].shape
     for layer in MOE_LAYERS[model_type]:
-        assert helpers.tiny_model(model_type).get_submodule(family.experts_path(layer)).num_experts > 1
+        assert helpers.tiny_model(model_type).get_submodule(family.experts_paths(layer)[0]).num_experts > 1
 
 
 @pytest.mark.parametrize("model_type", helpers.MODEL_TYPES)
@@ -149,7 +152,7 @@ def test_the_tensors_that_a_family_keeps_are_there_in_every_moe_layer(
     _, kept = everything(Checkpoint.open(tiny_checkpoint(model_type)))
     family = next(family for family in known_families() if model_type in family.model_types)
     for layer in MOE_LAYERS[model_type]:
-        assert {expand(pattern, layer) for pattern in family.descriptor.keep} & set(kept)
+        assert {expand(pattern, layer) for pattern in family.descriptor.kept} <= set(kept)
 
 
 @pytest.mark.parametrize(
@@ -207,30 +210,85 @@ def test_routing_says_whether_weights_are_renormalized(
     tiny_checkpoint: Callable[..., Path], model_type: str, changed: dict[str, Any], renormalize: bool
 ) -> None:
     config = Checkpoint.open(tiny_checkpoint(model_type)).config | changed
-    routing = find_family(config).routing(config)
-    assert (routing.score, routing.renormalize) == ("softmax", renormalize)
+    rule = find_family(config).router(config)
+    assert rule == RouterSpec(2, renormalize=renormalize)
 
 
 # Which family
 
 
 def test_an_unknown_model_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(CheckpointError, match=r"'mixtrall' is not known; known: jamba, mixtral.* mean 'mixtral'"):
+    with pytest.raises(CheckpointError, match=r"'mixtrall' is not known; known: dbrx, .*, mixtral, .* mean 'mixtral'"):
         find_family({"model_type": "mixtrall"})
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["mixtral"]}], ids=str)
 def test_a_config_without_a_model_type_is_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: .*model_type.* expected one of jamba, "):
+    with pytest.raises(CheckpointError, match=r"config\.json: .*model_type.* expected one of dbrx, "):
         find_family(config)
 
 
 def test_a_family_of_a_plugin_is_found_and_cannot_take_anothers_model_type(tmp_path: Path) -> None:
     mine = family_of(tmp_path)
-    assert find_family({"model_type": "mine"}, extra=[mine]) is mine
+    assert find_family({"model_type": "mine"}, families=[mine]) is mine
     thief = family_of(tmp_path, DESCRIPTOR.replace("[mine]", "[mixtral]"), "thief")
     with pytest.raises(CheckpointError, match=r"mixtral\.yaml and .*thief\.yaml"):
-        find_family({"model_type": "mixtral"}, extra=[thief])
+        find_family({"model_type": "mixtral"}, families=[*known_families(), thief])
+
+
+# Which layers, and which sizes
+
+
+def sized(text: str, folder: Path, **config: Any) -> list[LayerSpec]:
+    """Return the layers of a config of 6 layers under the descriptor with some text in place of the routing rule."""
+    base = {"num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 8}
+    family = family_of(folder, DESCRIPTOR.replace("routing:", f"{text}\nrouting:"))
+    return family.layers(base | {"intermediate_size": 16, "model_type": "mine"} | config)
+
+
+LAYERS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "listed": ("moe_layers: {listed: moe, first: 5}", {"moe": [3, 1, 9]}, [1, 3]),
+    "not_listed": ("moe_layers: {listed: moe, first: 4}", {"moe": None}, [4, 5]),
+    "kinds": ("moe_layers: {kinds: [{key: kinds, is: moe}]}", {"kinds": ["a", "moe", "a", "a", "moe", "b"]}, [1, 4]),
+    "letters": ("moe_layers: {kinds: [{key: none, is: x}, {key: kinds, is: E}]}", {"kinds": "M*EM*E"}, [2, 5]),
+    "from_the_end": ("moe_layers: {first: 1, last: -2}", {}, [1, 2, 3, 4]),
+    "last": ("moe_layers: {last: {key: end}}", {"end": 2}, [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_moe_layers_are_as_config_json_lists_or_names_them(tmp_path: Path, case: str) -> None:
+    text, config, expected = LAYERS[case]
+    assert [layer.index for layer in sized(text, tmp_path, **config)] == expected
+
+
+def test_a_size_may_be_a_list_with_one_for_each_layer(tmp_path: Path) -> None:
+    sizes = [8, 16, 24, 32, 40, 48]
+    assert [layer.intermediate_size for layer in sized("", tmp_path, intermediate_size=sizes)] == sizes
+    with pytest.raises(CheckpointError, match=r"intermediate_size is \[8, 16\], expected"):
+        sized("", tmp_path, intermediate_size=[8, 16])
+
+
+def test_an_inner_object_and_dotted_keys_are_read(tmp_path: Path) -> None:
+    text = DESCRIPTOR.replace("sizes:", "section: text_config\nsizes:").replace(
+        "{key: hidden_size}", "{key: ffn.width}"
+    )
+    text = text.replace("{key: num_hidden_layers}", "{key: depth, length_of: [kinds]}")
+    inner = {"ffn": {"width": 8}, "kinds": ["a"] * 3, "num_local_experts": 4, "num_experts_per_tok": 2}
+    layers = family_of(tmp_path, text).layers({"model_type": "mine", "text_config": inner, "intermediate_size": 16})
+    assert [(layer.index, layer.hidden_size) for layer in layers] == [(0, 8), (1, 8), (2, 8)]
+
+
+def test_what_a_family_ignores_is_neither_kept_nor_refused(damaged: Path) -> None:
+    extra = ["model.layers.3.mlp.experts.0.gate_proj.weight", "model.layers.3.norm.weight", "mtp.layers.0.x"]
+    change_tensors(damaged, lambda tensors: tensors.update({name: torch.zeros(2) for name in extra}))
+    checkpoint = Checkpoint.open(damaged)
+    family = find_family(checkpoint.config)
+    ignoring = family.descriptor.model_copy(update={"ignore": ["model.layers.{extra}", "mtp"]})
+    kept = everything(checkpoint, replace(family, descriptor=ignoring))[1]
+    assert not set(extra) & set(kept)
+    assert "model.layers.2.mlp.gate.weight" in kept
+    assert "1 tensor among the experts" in refusal(checkpoint, family)
 
 
 # Wrong values in config.json
@@ -431,6 +489,8 @@ BAD_DESCRIPTORS: dict[str, tuple[str, str, str]] = {
     "no_layer": ("model.layers.{layer}.mlp.experts.down_proj", "model.experts.down_proj", "{layer} is missing"),
     "part_of_a_segment": ("{layer}.mlp.experts.down_proj", "{layer}.mlp.down_{layer}", "whole segment"),
     "unknown_blank": ("{layer}.mlp.experts.down_proj", "{layer}.{block}.down", "whole segment"),
+    "extra_elsewhere": ("{layer}.mlp.experts.down_proj", "{layer}.{extra}.down_proj", "whole segment"),
+    "ignored_blank": ("activation: silu", 'activation: silu\nignore: ["a.{later}"]', "whole segment"),
     "empty_segment": ("mlp.experts.down_proj", "mlp..down_proj", "non-empty segments"),
     "expert_in_fused": ("mlp.experts.down_proj", "mlp.{expert}.down", "{expert} is in every name"),
     "fused_and_gate": ("  - gate_up:", "  - gate: a.{layer}\n    gate_up:", "already holds gate and up"),
@@ -439,9 +499,21 @@ BAD_DESCRIPTORS: dict[str, tuple[str, str, str]] = {
         "  - down",
         "gate, up and down",
     ),
+    "no_gate_but_gated": ("  - gate_up:", "  - up:", "lacks a gate"),
+    "a_gate_but_not_gated": ("activation: silu", "activation: silu\ngated: false", "has a gate"),
+    "bias_of_other_parts": (
+        "mlp.experts.down_proj\n",
+        'mlp.experts.down_proj\n    bias: {up: "a.{layer}.b", down: "a.{layer}.c"}\n',
+        "expected the keys of the weights, gate_up, down",
+    ),
+    "interleaved_without_both": (
+        "  - gate_up: model.layers.{layer}.mlp.experts.gate_up_proj",
+        "  - gate: a.{layer}\n    up: b.{layer}\n    interleaved: true",
+        "for gate_up, which holds both",
+    ),
     "one_name_twice": ("experts.gate_up_proj", "experts.down_proj", "the same name"),
     "size_is_text": ("hidden: {key: hidden_size}", "hidden: hidden_size", "hidden"),
-    "score": ("score: softmax", "score: sparsemixer", "sparsemixer"),
+    "score": ("score: softmax", "score: softermax", "softermax"),
     "not_yaml": ("api: 1", "api: [", "YAML"),
 }
 

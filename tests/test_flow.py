@@ -54,7 +54,7 @@ def test_the_path_of_a_gpu_gives_every_piece_once_and_in_order(tiny_checkpoint, 
     pieces = helpers.whole_tensors(checkpoint)
     nbytes = max(piece.nbytes for piece in pieces)
     ring = checkpoint.ring(pieces, [memoryview(bytearray(nbytes)) for _ in range(buffers)], 3)
-    came, done = [], []
+    came, done, copied = [], [], []
 
     def use(given, seconds):
         for piece, raw in given:
@@ -63,8 +63,11 @@ def test_the_path_of_a_gpu_gives_every_piece_once_and_in_order(tiny_checkpoint, 
             came.append(piece)
 
     with contextlib.closing(ring):
-        timings = flow.through_gpu(ring, use, done.append, torch.device("cpu"), nbytes, buffers)
+        timings = flow.through_gpu(
+            ring, use, done.append, torch.device("cpu"), nbytes, buffers, lambda span, *_: copied.append(span.nbytes)
+        )
     assert came == pieces
+    assert copied == done
     assert sum(done) == sum(piece.nbytes for piece in pieces)
     assert timings.gpu_copy == timings.gpu_quantize == pytest.approx(len(done) * 1e-3)
 

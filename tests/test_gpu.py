@@ -18,11 +18,27 @@ from moeplug.moe.reference import experts_reference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 E, H, I, T, M = 16, 256, 128, 2, 33
-SCHEMES = ("int8", "int8-g128", "int8-g32", "int8-g128-asym", "int4-g128-asym", "int4-g128-search", "nf4", "nf4-dq")
+SCHEMES = (
+    "int8",
+    "int8-g128-asym",
+    "int4-g128-asym",
+    "int4-g128-search",
+    "nf4",
+    "nf4-dq",
+    "mxfp4",
+    "nvfp4",
+    "fp8-block",
+)
 PLAIN = Scheme.from_text("api: 1\nname: plain\nweights: null\n")
 MIXED = Scheme.from_text(
     "api: 1\nname: mixed\nplugin: int8\nweights: {format: int8}\n"
     'overrides: [{experts: "1,5", weights: null}, {experts: "9-12", projections: [down], weights: null}]\n'
+)
+PLUGINS = Scheme.from_text(
+    "api: 1\nname: plugins\nplugin: int8\nweights: {format: int8}\noverrides:\n"
+    '  - {experts: "1,5", plugin: fp8, weights: {format: fp8}}\n'
+    '  - {experts: "9-12", plugin: mx, weights: {format: mxfp4, strategy: group, group_size: 32, '
+    "scale_dtype: float8_e8m0fnu}}\n"
 )
 
 
@@ -60,7 +76,7 @@ def test_the_gpu_stores_the_bytes_that_the_cpu_stores(scheme):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", [*SCHEMES, PLAIN, MIXED], ids=[*SCHEMES, "plain", "mixed"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, PLAIN, MIXED, PLUGINS], ids=[*SCHEMES, "plain", "mixed", "plugins"])
 def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
     on_cpu = moeplug.quantize_experts(*weights(dtype), scheme)
     there = moeplug.quantize_experts(*on_gpu(weights(dtype)), scheme)
@@ -74,7 +90,7 @@ def test_the_gpu_forward_is_the_cpu_forward(scheme, dtype):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_word_decodes_to_what_the_format_says(name, dtype):
     """The roads that bits take on a GPU; the interpreter's tests see the plain conversions only."""
-    from decode_words import decoded_and_expected
+    from moeplug.testing._decode_words import decoded_and_expected
 
     decoded, expected = decoded_and_expected(FORMATS[name], dtype, "cuda")
     number = ~expected.isnan()  # e4m3 has one NaN, which is never stored
@@ -103,7 +119,7 @@ def test_a_state_dict_of_the_cpu_loads_on_the_gpu():
     assert relative(target(*on_gpu(tokens())), source(*tokens())) < 2**-7
 
 
-@pytest.mark.parametrize("scheme", ["int8", MIXED], ids=["int8", "mixed"])
+@pytest.mark.parametrize("scheme", ["int8", MIXED, PLUGINS], ids=["int8", "mixed", "plugins"])
 def test_a_captured_graph_replays_with_new_inputs(scheme):
     experts = moeplug.quantize_experts(*on_gpu(weights()), scheme)
     hidden, topk_weights, ids = on_gpu(tokens())
@@ -191,3 +207,17 @@ def test_a_reload_from_tensors_on_the_gpu_keeps_every_address(tiny_checkpoint):
     moeplug.reload(loaded, {k: t.cuda() for k, t in load_file(loaded.report.plan.checkpoint.files[0]).items()})
     after = {n: (t.data_ptr(), t) for layer in loaded.layers.values() for n, t in layer.named_buffers()}
     assert all(before[n][0] == after[n][0] and torch.equal(before[n][1], after[n][1]) for n in before)
+
+
+def test_block_scales_in_halves_of_a_tile_give_the_references_numbers():
+    """Many tokens an expert: tiles of 128 x 128 on four warps, which the kernel sums half by half."""
+    H, I, M = 1024, 512, 700
+    g = torch.Generator().manual_seed(3)
+    w13, w2 = (torch.randn(4, *shape, generator=g).bfloat16() * 0.05 for shape in ((2 * I, H), (H, I)))
+    experts = moeplug.quantize_experts(w13.cuda(), w2.cuda(), "fp8-block")
+    hidden = torch.randn(M, H, generator=g).bfloat16()
+    arguments = hidden, torch.rand(M, 2, generator=g), torch.randint(-1, 4, (M, 2), generator=g)
+    expected = moeplug.quantize_experts(w13, w2, "fp8-block")(*arguments)  # on the CPU
+    out = experts(*on_gpu(arguments), out=torch.full((M, H), torch.nan, dtype=torch.bfloat16, device="cuda"))
+    # Values within one unit of a rounding boundary of fp8 may differ, and one such value moves a sum by 2**-4 of it.
+    assert relative(out, expected) < 0.01

@@ -44,6 +44,7 @@ SPECS = {
     "channel_asymmetric": WeightSpec(format="signed", strategy="channel", symmetric=False),
     "g32": WeightSpec(format="signed", strategy="group", group_size=32),
     "g64_asymmetric": WeightSpec(format="signed", strategy="group", group_size=64, symmetric=False),
+    "g32_full": WeightSpec(format="signed", strategy="group", group_size=32, range="full"),
     "g128_bf16_scales": WeightSpec(format="signed", strategy="group", group_size=128, scale_dtype="bfloat16"),
 }
 
@@ -70,8 +71,9 @@ def in_float64(weight, spec):
     grouped = weight.double().reshape(B, R, N // R, C, K // C)
     dtype = getattr(torch, spec.scale_dtype)
     if spec.symmetric:
-        scale = (grouped.abs().amax((2, 4), keepdim=True) / 127).to(dtype).double()
-        return ((grouped / scale).round().clamp(-127, 127) * scale).reshape(B, N, K)
+        full = spec.range == "full"
+        scale = (grouped.abs().amax((2, 4), keepdim=True) / (127.5 if full else 127)).to(dtype).double()
+        return ((grouped / scale).round().clamp(-128 if full else -127, 127) * scale).reshape(B, N, K)
     low, high = grouped.amin((2, 4), keepdim=True).clamp(max=0), grouped.amax((2, 4), keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).to(dtype).double()
     zero = (-128 - low / scale).round().clamp(-128, 127)
@@ -104,6 +106,32 @@ def test_symmetric_values_stay_within_the_symmetric_range():
     out, _ = stored_of(random_weight(B=8, N=64), spec)
     assert out.min() == -127
     assert out.max() == 127
+
+
+def test_the_full_range_has_a_smaller_step_and_uses_the_lowest_value():
+    weight = random_weight(B=4, N=64)
+    (half, coarse), (full, fine) = (
+        stored_of(weight, SPECS["g32"].model_copy(update={"range": r})) for r in ("symmetric", "full")
+    )
+    assert (int(half.min()), int(full.min()), int(full.max())) == (-127, -128, 127)
+    torch.testing.assert_close(fine.scale, coarse.scale * 127 / 127.5, rtol=1e-6, atol=0)
+
+
+def test_the_full_range_is_refused_where_a_format_has_none():
+    class Unsigned(Signed):
+        asymmetric_range = (0.0, 255.0)
+
+    for fmt in (Unsigned(), Unquantized(torch.bfloat16)):
+        with pytest.raises(SchemeError, match="leave range: full out"):
+            quantize(random_weight(), SPECS["g32_full"], fmt, torch.empty(2, 37, 256, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    "field", [{"symmetric": False}, {"scale_dtype": "float8_e8m0fnu", "strategy": "group", "group_size": 32}]
+)
+def test_the_full_range_is_refused_where_it_means_nothing(field):
+    with pytest.raises(ValueError, match="leave range out"):
+        WeightSpec(format="signed", range="full", **field)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -364,6 +364,14 @@ def moeplug_allocate(ctx):
 """
 
 
+def watched(site, hooks):
+    """Return a registry that an observer with these hooks watches."""
+    install(site, "watch", manifest="api: 1\nname: watch\nkind: observer\nhooks: fake_watch.hooks\n", hooks=hooks)
+    registry = Registry.discover()
+    registry.observe("watch")
+    return registry
+
+
 def test_an_observer_sees_the_calls_of_every_provider_and_answers_none(site):
     install(site, "watch", manifest="api: 1\nname: watch\nkind: observer\nhooks: fake_watch.hooks\n", hooks=OBSERVER)
     answer = "\n@moeplug.hookimpl\ndef moeplug_allocate(ctx):\n    return 'answer'\n"
@@ -373,7 +381,71 @@ def test_an_observer_sees_the_calls_of_every_provider_and_answers_none(site):
     registry.observe("watch")
     assert registry.call("allocate", context("one"), lambda: "default") == "answer"
     assert registry.call("allocate", context(None), lambda: "default") == "default"
-    assert sys.modules["fake_watch.hooks"].seen == [("one", ["answer"]), (None, [])]
+    assert sys.modules["fake_watch.hooks"].seen == [("one", ["answer"]), (None, ["default"])]
+
+
+@pytest.mark.parametrize("returned", ["None", "['another']", "[]"])
+def test_what_an_observer_returns_changes_nothing(site, returned):
+    registry = watched(site, OBSERVER.replace("return result", f"return {returned}"))
+    assert registry.call("allocate", context(None), lambda: "default") == "default"
+
+
+def test_a_failure_that_an_observer_catches_still_ends_the_load(site):
+    catching = OBSERVER.replace("result = yield", "result = []\n    try:\n        yield\n    except Exception: pass")
+    registry = watched(site, catching)
+
+    def failing():
+        raise SchemeError("the stage's own")
+
+    with pytest.raises(SchemeError, match="the stage's own"):
+        registry.call("allocate", context(None), failing)
+    assert sys.modules["fake_watch.hooks"].seen == [(None, [])]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_an_observer_that_fails_is_named(site, place):
+    yielding = {"before": "1 / 0; result = yield", "after": "result = yield; 1 / 0"}[place]
+    registry = watched(site, OBSERVER.replace("result = yield", yielding))
+    with pytest.raises(PluginError, match="observer 'watch', stage allocate, layer 3 failed: ZeroDivisionError"):
+        registry.call("allocate", context(None), lambda: "default")
+
+
+EVENTS = """
+import threading
+import moeplug
+
+told = []
+
+
+@moeplug.hookimpl
+def moeplug_event(event):
+    told.append((event, threading.current_thread().name))
+"""
+
+
+def test_an_observer_is_told_of_every_read_and_of_the_end(site):
+    registry = watched(site, EVENTS)
+    moeplug.load(scheme="int8", device="cpu", registry=registry)
+    told = sys.modules["fake_watch.hooks"].told
+    end, _ = told[-1]
+    assert [e.what for e, _ in told] == ["read"] * (len(told) - 1) + ["load"]  # a CPU copies nothing
+    assert sum(e.nbytes for e, _ in told[:-1]) == end.nbytes > 1_000_000
+    assert all(end.started <= e.started <= e.ended <= end.ended for e, _ in told)
+    assert {thread for e, thread in told if e.what == "read"} == {"moeplug-reader"}
+
+
+def test_an_observer_is_told_of_the_end_of_a_load_that_fails(site):
+    registry = watched(site, EVENTS)
+    text = SCHEME.format(name="int8") + "accept: {relative_rms: 0.0000001}\n"
+    with pytest.raises(moeplug.RefusedError):
+        moeplug.load(scheme=moeplug.Scheme.from_text(text), device="cpu", registry=registry)
+    assert sys.modules["fake_watch.hooks"].told[-1][0].what == "load"
+
+
+def test_an_event_is_told_to_observers_alone(site):
+    install(site, "one", hooks=HOOKS.format(name="one") + EVENTS)
+    with pytest.raises(PluginError, match="moeplug_event is told to observers alone; say kind: observer"):
+        Registry.discover().activate("one", "a test")
 
 
 def test_an_observer_that_answers_a_stage_is_refused(site):

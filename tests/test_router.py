@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,10 @@ def test_epsilon_and_scaling_factor_are_applied_in_this_order():
         ({"epsilon": -1.0, "renormalize": True}, "expected a finite number from 0 on"),
         ({"epsilon": float("nan"), "renormalize": True}, "expected a finite number from 0 on"),
         ({"scaling_factor": float("inf")}, "scaling_factor=inf"),
+        ({"least_sum": 1e-12}, "0 without renormalize"),
+        ({"norm": 0.0}, "norm=0.0; expected a number above 0"),
+        ({"score": "sparsemixer"}, "sparsemixer needs jitter above 0"),
+        ({"score": "sparsemixer", "jitter": 0.1, "renormalize": True}, "neither groups nor renormalize"),
     ],
 )
 def test_a_rule_that_contradicts_itself_is_refused(fields, message):
@@ -180,6 +185,42 @@ def test_a_call_that_does_not_fit_says_why(logits, spec, bias, message):
     for function in (route, route_reference):
         with pytest.raises(UsageError, match=message):
             function(logits, spec, bias)
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.5])
+def test_sparsemixer_gives_the_numbers_of_phimoe(jitter):
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    logits = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * 2
+    logits[:50] -= 5  # all below 0: the threshold then divides by |logit|
+    expected_weights, expected_ids = sparsemixer(logits, jitter, training=False, top_k=2)
+    weights, ids = route(logits, RouterSpec(2, "sparsemixer", jitter=jitter))
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights, expected_weights)
+    with pytest.raises(UsageError, match="it takes no bias"):
+        route(logits, RouterSpec(2, "sparsemixer", jitter=jitter), torch.zeros(16))
+
+
+def test_weights_are_divided_by_a_norm_or_by_a_least_sum_and_scaled_by_expert():
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    scores, ids = logits.softmax(1).topk(3, dim=1)
+    for norm in (2.0, 3.0):
+        weights, found = route(logits, RouterSpec(3, renormalize=True, norm=norm))
+        assert torch.equal(found.long(), ids)
+        torch.testing.assert_close(weights, scores / scores.norm(norm, dim=1, keepdim=True))
+    least, _ = route(logits, RouterSpec(3, renormalize=True, least_sum=0.8))
+    torch.testing.assert_close(least, scores / scores.sum(1, keepdim=True).clamp(min=0.8))
+    scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
+    scaled, _ = route(logits, RouterSpec(3), expert_scale=scale)
+    torch.testing.assert_close(scaled, scores * scale[ids])
+
+
+def test_rules_that_the_kernel_does_not_know_compile_as_torch_operations():
+    logits = torch.randn(5, 8)
+    for spec in (RouterSpec(2, renormalize=True, norm=2.0), RouterSpec(2, "sparsemixer", jitter=0.1)):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(partial(route, spec=spec))(logits)
+        assert not any("moeplug" in str(node.target) for node in graph.graph.nodes)
+        torch.testing.assert_close(graph(logits)[0], route(logits, spec)[0])
 
 
 def test_route_refuses_to_lose_a_gradient():

@@ -22,6 +22,7 @@ FLOORS = [
     ("moeplug.errors", 0),
     ("moeplug.spec", 0),
     ("moeplug.problems", 0),
+    ("moeplug.when_imported", 0),
     ("moeplug.scratch", 0),
     ("moeplug.hookspecs", 0),
     ("moeplug.moe.experts", 2),
@@ -36,12 +37,17 @@ FLOORS = [
     ("moeplug.manifest", 3),
     ("moeplug.schema", 4),
     ("moeplug.registry", 4),
+    ("moeplug.scaffold", 4),
     ("moeplug.checking", 5),
     ("moeplug.pipeline", 5),
     ("moeplug.integrations", 6),
     ("moeplug.evaluation", 6),
+    ("moeplug.exporting", 7),
+    ("moeplug.verifying", 7),
     ("moeplug.api", 7),
+    ("moeplug.mixed", 7),
     ("moeplug.terminal", 7),
+    ("moeplug.testing", 8),
     ("moeplug.cli", 8),
     ("moeplug.__main__", 9),
     ("moeplug", 0),
@@ -129,10 +135,21 @@ def test_importing_moeplug_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_pytest_loads_with_moeplug_imports_no_torch():
+    """The entry point under pytest11 is imported by every run of pytest, of whatever project."""
+    code = (
+        "import sys, moeplug.testing.pytest_plugin\n"
+        "heavy = {'torch', 'triton', 'numpy', 'pydantic', 'yaml', 'rich', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["load", "--help"], ["plugins"], ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"],
-     ["check", "schemes/int8.yaml"], ["schema", "scheme"], ["schema", "plugin"]],
+    [["--help"], ["load", "--help"], ["explain", "--help"], ["new-plugin", "--help"], ["plugins"],
+     ["plugins", "--json"], ["schemes"], ["schemes", "show", "int8"], ["check", "schemes/int8.yaml"],
+     ["schema", "scheme"], ["schema", "plugin"]],
     ids=" ".join,
 )  # fmt: skip
 def test_help_listing_and_checking_import_neither_torch_nor_triton(arguments):
@@ -152,7 +169,7 @@ def test_every_public_name_exists_and_has_a_docstring():
         assert name == "__version__" or thing.__doc__, name
 
 
-HOOKS = ("moeplug_register", *hookspecs.STAGE_HOOKS)
+HOOKS = ("moeplug_register", *hookspecs.STAGE_HOOKS, "moeplug_event")
 
 
 def test_the_hooks_are_the_stages_in_order():
@@ -168,7 +185,7 @@ def test_every_hook_says_when_what_it_is_given_what_to_return_and_shows_an_examp
     text = getattr(hookspecs, hook).__doc__
     for part in ("When:", "Given:", "Return:", "@moeplug.hookimpl", f"def {hook}("):
         assert part in text, f"{hook} lacks {part}"
-    assert "None:" in text or hook == "moeplug_register"
+    assert "None:" in text or hook not in hookspecs.STAGE_HOOKS
 
 
 @pytest.mark.parametrize("hook", HOOKS)

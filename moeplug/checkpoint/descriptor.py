@@ -6,13 +6,23 @@ one whole segment; they are compared segment by segment and never become regular
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from moeplug.moe.layout import ACTIVATIONS
 
-LAYER, EXPERT = "{layer}", "{expert}"
+LAYER, EXPERT, EXTRA = "{layer}", "{expert}", "{extra}"
 
 
 def expand(pattern: str, layer: int, expert: int | None = None) -> str:
@@ -47,6 +57,11 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def _check_ignored(pattern: str) -> str:
+    _check_pattern(".".join("0" if segment == EXTRA else segment for segment in pattern.split(".")))
+    return pattern
+
+
 def _check_layer_pattern(pattern: str) -> str:
     if LAYER not in pattern:
         raise ValueError(f"{LAYER} is missing")
@@ -72,10 +87,17 @@ class Strict(BaseModel):
 
 
 class ConfigInteger(Strict):
-    """An integer of config.json. Of several keys (old and new names) the one that is there counts."""
+    """An integer of config.json, or a list with one for each layer.
+
+    Of several keys (old and new names) the one that is there counts; a dotted key leads into an inner object.
+    instead: a key that counts in their place where it is there and not null. length_of: keys of lists or texts whose
+    length counts where no other key is there.
+    """
 
     key: Keys
     default: StrictInt | None = None
+    instead: Name | None = None
+    length_of: list[Name] = Field(default_factory=list)
 
 
 class ConfigIntegers(Strict):
@@ -83,6 +105,13 @@ class ConfigIntegers(Strict):
 
     key: Keys
     default: list[StrictInt] | None = None
+
+
+class ConfigNumber(Strict):
+    """A number of config.json."""
+
+    key: Keys
+    default: StrictFloat | None = None
 
 
 class ConfigFlag(Strict):
@@ -93,13 +122,16 @@ class ConfigFlag(Strict):
 
 
 class ConfigText(Strict):
-    """A text of config.json."""
+    """A text of config.json. values: what its texts mean here; without, they are taken as they are."""
 
     key: Keys
     default: StrictStr | None = None
+    values: dict[StrictStr, StrictStr] | None = None
 
 
 Integer = StrictInt | ConfigInteger
+Number = StrictInt | StrictFloat | ConfigNumber
+Flag = StrictBool | ConfigFlag
 
 
 class Sizes(Strict):
@@ -112,56 +144,153 @@ class Sizes(Strict):
     intermediate: Integer
 
 
-class MoeLayers(Strict):
-    """Layer i is an MoE block if i >= first, (i - offset) % period == 0, and it is not listed in `except`."""
+class Activation(Strict):
+    """An activation of gate and up together, with its numbers; see `moeplug.moe.layout.LayerSpec`."""
 
+    name: Annotated[StrictStr, AfterValidator(_check_activation)]
+    alpha: Number = 1.702
+    limit: Number | None = None
+    offset: Number = 1.0
+
+
+class Condition(Strict):
+    """config.json has this text under this key."""
+
+    key: Name
+    text: Name = Field(alias="is")
+
+
+class MoeLayers(Strict):
+    """Which layers are MoE blocks: the first of these that config.json has.
+
+    listed: a key with a list of the MoE layers. kinds: keys with the kind of every layer, a list of texts or a text of
+    one letter a layer, and the kind that is MoE. Otherwise layer i is one if first <= i <= last (below
+    0: counted from the end), (i - offset) % period == 0, and it is not listed in `except`.
+    """
+
+    listed: Name | None = None
+    kinds: list[Condition] = Field(default_factory=list)
     period: Integer = 1
     offset: Integer = 0
     first: Integer = 0
+    last: Integer = -1
     excepted: list[StrictInt] | ConfigIntegers = Field(default_factory=list, alias="except")
 
 
-class DiskForm(Strict):
-    """One way in which files of this family hold the experts: a tensor per expert weight, or fused ones per layer.
+class Biases(Strict):
+    """The names of the experts' biases, in the form of the weights that they belong to: (E, N), or (N,) per expert."""
 
-    Fused, per layer: gate_up (E, 2I, H) and down (E, H, I); transposed: (E, H, 2I) and (E, I, H). interleaved: gate and
-    up alternate along 2I instead of standing one after the other. first: which of them begins.
+    gate: LayerPattern | None = None
+    up: LayerPattern | None = None
+    gate_up: LayerPattern | None = None
+    down: LayerPattern
+
+
+class DiskForm(Strict):
+    """One way in which files of this family hold the experts: a tensor per expert weight, or stacked ones per layer.
+
+    Per expert: `{expert}` is in every name. Stacked, per layer: gate (E, I, H), up (E, I, H) and down (E, H, I), or
+    gate_up (E, 2I, H) and down. Experts without a gate have up and down.
+    transposed: rows and columns of a stacked expert weight are exchanged, (E, H, 2I) and (E, I, H); a list names the
+    projections that are; by_shape: some files are and some are not, and shapes tell. flat: a stacked tensor has two
+    dimensions, (E * rows, columns). interleaved: gate and up alternate along 2I instead of standing one after the
+    other. first: which of them begins.
     """
 
     gate: LayerPattern | None = None
     up: LayerPattern | None = None
     gate_up: LayerPattern | None = None
     down: LayerPattern
-    transposed: StrictBool = False
+    bias: Biases | None = None
+    transposed: StrictBool | Literal["by_shape"] | list[Literal["gate", "up", "gate_up", "down"]] = False
+    flat: StrictBool = False
     interleaved: StrictBool = False
     first: Literal["gate", "up"] = "gate"
 
     @property
+    def weights(self) -> dict[str, str]:
+        """The name patterns of the weights by what they hold: gate, up, gate_up, down."""
+        return _given(self)
+
+    @property
     def patterns(self) -> tuple[str, ...]:
         """The name patterns of this form."""
-        return tuple(pattern for pattern in (self.gate, self.up, self.gate_up, self.down) if pattern)
+        return (*self.weights.values(), *(_given(self.bias).values() if self.bias else ()))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a tensor holds all experts of a layer."""
+        return EXPERT not in self.down
+
+    def is_transposed(self, part: str) -> bool:
+        """Return whether a stacked tensor has rows and columns exchanged; not asked where shapes tell."""
+        return part in self.transposed if isinstance(self.transposed, list) else self.transposed is True
 
     @model_validator(mode="after")
     def _check(self) -> DiskForm:
         if len(set(self.patterns)) != len(self.patterns):
             raise ValueError("two projections have the same name")
-        if self.gate_up is None:
-            if self.gate is None or self.up is None:
-                raise ValueError("give gate, up and down (a tensor per expert), or gate_up and down (fused)")
-            if self.model_fields_set & {"transposed", "interleaved", "first"}:
-                raise ValueError("transposed, interleaved and first are for fused tensors (gate_up and down)")
-        elif self.gate is not None or self.up is not None:
+        if self.gate_up is not None and (self.gate is not None or self.up is not None):
             raise ValueError("gate_up already holds gate and up; remove gate and up")
-        if any((EXPERT in pattern) != (self.gate_up is None) for pattern in self.patterns):
-            raise ValueError(f"{EXPERT} is in every name of a tensor per expert, and in none of a fused tensor")
+        if self.gate_up is None and self.up is None:
+            raise ValueError("give gate, up and down, or gate_up and down, or up and down (experts without a gate)")
+        if self.bias is not None and set(_given(self.bias)) != set(self.weights):
+            raise ValueError(f"bias: expected the keys of the weights, {', '.join(self.weights)}")
+        if any((EXPERT in pattern) != (EXPERT in self.down) for pattern in self.patterns):
+            raise ValueError(f"{EXPERT} is in every name of a tensor per expert, and in none of a stacked tensor")
+        if not self.stacked and self.model_fields_set & {"transposed", "flat"}:
+            raise ValueError("transposed and flat are for stacked tensors")
+        if self.gate_up is None and self.model_fields_set & {"interleaved", "first"}:
+            raise ValueError("interleaved and first are for gate_up, which holds both")
         return self
 
 
-class RoutingRule(Strict):
-    """How tokens choose experts: top-k of `score`, and whether the k weights are scaled to sum to one."""
+def _given(names: DiskForm | Biases) -> dict[str, str]:
+    found = {part: getattr(names, part) for part in ("gate", "up", "gate_up", "down")}
+    return {part: pattern for part, pattern in found.items() if pattern is not None}
 
-    score: Literal["softmax"]
-    renormalize: StrictBool | ConfigFlag
+
+class Groups(Strict):
+    """Experts are chosen from the best groups alone. when: groups count only there."""
+
+    count: Integer
+    kept: Integer
+    score: Literal["max", "top2_sum"]
+    when: Condition | None = None
+
+
+class RoutingRule(Strict):
+    """How tokens choose experts; `moeplug.moe.router.RouterSpec` has the formulas.
+
+    weight, bias: the router's tensors, logits = x @ weight.T + bias. correction: the tensor that is added to scores for
+    the choice alone. expert_scale: a factor for each expert's weights. All names are those on disk.
+    """
+
+    weight: LayerPattern
+    bias: LayerPattern | None = None
+    correction: LayerPattern | None = None
+    expert_scale: LayerPattern | None = None
+    score: Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
+    groups: Groups | None = None
+    renormalize: Flag = False
+    epsilon: Number = 0.0
+    least_sum: Number = 0.0
+    norm: Number = 1
+    scale: Number = 1.0
+    jitter: Number = 0.0
+    weight_on_input: StrictBool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The name patterns of the router's tensors: they stay in the checkpoint's precision."""
+        return tuple(p for p in (self.weight, self.bias, self.correction, self.expert_scale) if p is not None)
+
+
+class SharedExpert(Strict):
+    """Experts that every token passes; they stay as they are. path: where, on disk. gate: its gate's tensor, if any."""
+
+    path: LayerPattern
+    gate: LayerPattern | None = None
 
 
 class Rename(Strict):
@@ -171,25 +300,67 @@ class Rename(Strict):
     to: Segments
 
 
-class TransformersNames(Strict):
-    """Where transformers keeps a layer's experts module, and names that differ between disk and memory."""
+class Join(Strict):
+    """Tensors that are several on disk and one in memory, one after the other along their first dimension."""
 
-    experts: LayerPattern
+    source: Annotated[list[LayerPattern], Field(min_length=2, alias="from")]
+    to: LayerPattern
+
+
+class ReplacedBlock(Strict):
+    """An MoE block of transformers whose own forward cannot call experts as moeplug has them: it is replaced.
+
+    path: the block. router: its linear router, shared: its shared expert, both as they are, named within the block.
+    returns_logits: the block returns (output, router logits).
+    """
+
+    path: LayerPattern
+    router: Name
+    shared: Name | None = None
+    returns_logits: StrictBool = False
+
+
+class TransformersNames(Strict):
+    """Where transformers keeps a layer's experts module, and names that differ between disk and memory.
+
+    experts: of several paths the first that a model has.
+    """
+
+    experts: LayerPattern | Annotated[list[LayerPattern], Field(min_length=1)]
     rename: list[Rename] = Field(default_factory=list)
+    join: list[Join] = Field(default_factory=list)
+    block: ReplacedBlock | None = None
 
 
 class Descriptor(Strict):
-    """A whole descriptor file; see families/*.yaml."""
+    """A whole descriptor file; see families/*.yaml and docs/families.md.
+
+    section: an object of config.json that describes the language model, where there is one. gated: false: experts have
+    no gate. ignore: what a published checkpoint holds and no model loads, by the first segments of its names; `{extra}`
+    stands for a layer after the last. tiny: what config.json needs, beside small sizes, for the proof's tiny model.
+    """
 
     api: Literal[1]
     model_types: Annotated[list[Name], Field(min_length=1)]
+    section: Name | None = None
     sizes: Sizes
-    activation: Annotated[StrictStr, AfterValidator(_check_activation)] | ConfigText
+    activation: Annotated[StrictStr, AfterValidator(_check_activation)] | Activation | ConfigText
+    gated: StrictBool = True
     moe_layers: MoeLayers = Field(default_factory=MoeLayers)
     disk: Annotated[list[DiskForm], Field(min_length=1)]
     routing: RoutingRule
+    shared: SharedExpert | None = None
     keep: list[Segments] = Field(default_factory=list)
+    ignore: list[Annotated[StrictStr, AfterValidator(_check_ignored)]] = Field(default_factory=list)
     transformers: TransformersNames
+    tiny: dict[StrictStr, Any] = Field(default_factory=dict)
+    unproven: StrictBool = False
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The name patterns of a block's tensors that no scheme may quantize."""
+        gate = self.shared.gate if self.shared else None
+        return (*self.routing.tensors, *([gate] if gate else []), *self.keep)
 
     @model_validator(mode="after")
     def _check(self) -> Descriptor:
@@ -197,4 +368,7 @@ class Descriptor(Strict):
         twice = sorted({pattern for pattern in patterns if patterns.count(pattern) > 1})
         if twice:
             raise ValueError(f"disk: {twice[0]} is in two forms, so which one a file has could not be told")
+        wrong = [form.down for form in self.disk if self.gated != ("gate" in form.weights or "gate_up" in form.weights)]
+        if wrong:
+            raise ValueError(f"disk: the form of {wrong[0]} {'lacks' if self.gated else 'has'} a gate; see gated")
         return self

@@ -21,7 +21,7 @@ import numpy as np
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.locate import WEIGHT_DTYPES
 from moeplug.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
-from moeplug.checkpoint.streaming import Piece, Ring, Span, Stream, in_turn, require_fit, spans_of
+from moeplug.checkpoint.streaming import Piece, Ring, Span, Stream, Told, in_turn, require_fit, spans_of, untold
 from moeplug.errors import CheckpointError
 
 STANDARD_DEVIATION: Final = 0.02  # transformers' initializer_range, and about what trained experts have
@@ -65,10 +65,12 @@ class DummyCheckpoint:
         """Yield each piece with its bytes, as `Checkpoint.stream` does."""
         return in_turn(self.ring(pieces, buffers))
 
-    def ring(self, pieces: Sequence[Piece], buffers: Sequence[memoryview], threads: int = 1) -> Ring:
+    def ring(
+        self, pieces: Sequence[Piece], buffers: Sequence[memoryview], threads: int = 1, told: Told = untold
+    ) -> Ring:
         """Return the pieces as `Checkpoint.ring` does; their bytes are made in its threads."""
         views = require_fit(pieces, buffers)
-        return Ring(spans_of(pieces, views[0].nbytes), views, Generator, threads)
+        return Ring(spans_of(pieces, views[0].nbytes), views, Generator, threads, told)
 
 
 class Generator:

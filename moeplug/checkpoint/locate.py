@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
-from moeplug.checkpoint.descriptor import DiskForm, expand
+from moeplug.checkpoint.descriptor import Biases, DiskForm, expand
 from moeplug.checkpoint.files import listed, shown
 from moeplug.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
 from moeplug.checkpoint.streaming import Piece, in_file_order
@@ -20,7 +20,7 @@ WEIGHT_DTYPES: Final[Mapping[str, str]] = {"BF16": "bfloat16", "F16": "float16",
 
 @dataclass(frozen=True)
 class Cut:
-    """How one expert weight lies in a tensor: a run of numbers, and the rows of it that are the weight's.
+    """How one expert weight, or its bias, lies in a tensor: a run of numbers, and the rows of it that are the weight's.
 
     start: first number, counted in the tensor. stored: (rows, columns) of the run. The weight is rows
     first, first + step, … of the run, after transposing it if `transposed`.
@@ -33,6 +33,7 @@ class Cut:
     transposed: bool = False
     first: int = 0
     step: int = 1
+    of_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class ExpectedTensor:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One expert weight (N, K) and the bytes that hold it: `nbytes` from byte `start` of `tensor`.
+    """One expert weight (N, K), or its bias (N, 1), and the bytes that hold it: `nbytes` from byte `start` of `tensor`.
 
     Most often these bytes are the weight. A transposed or interleaved fused tensor gives one expert's gate and up in
     one run: both sources then have the same `piece`, which is read once. `weight_of` makes the weight of what was read.
+    role: which part of an already quantized weight it is (`moeplug.checkpoint.encoded`).
     """
 
     layer: int
@@ -69,6 +71,8 @@ class WeightSource:
     transposed: bool = False
     first: int = 0
     step: int = 1
+    of_bias: bool = False
+    role: str = "weight"
 
     @property
     def piece(self) -> Piece:
@@ -93,44 +97,85 @@ def by_piece(sources: Iterable[WeightSource]) -> dict[Piece, tuple[WeightSource,
 
 def expected_tensors(form: DiskForm, layer: LayerSpec) -> list[ExpectedTensor]:
     """Return the tensors that a form has for a layer, covering each (expert, projection) exactly once."""
-    return _per_expert(form, layer) if form.gate_up is None else _fused(form, form.gate_up, layer)
-
-
-def _per_expert(form: DiskForm, layer: LayerSpec) -> list[ExpectedTensor]:
-    assert form.gate is not None
-    assert form.up is not None
-    patterns: dict[Projection, str] = {"gate": form.gate, "up": form.up, "down": form.down}
-    expected = []
-    for expert in range(layer.num_experts):
-        for projection, pattern in patterns.items():
-            shape = layer.weight_shape(projection)
-            cut = Cut(expert, projection, 0, shape)
-            expected.append(ExpectedTensor(expand(pattern, layer.index, expert), shape, (cut,)))
-    return expected
-
-
-def _fused(form: DiskForm, gate_up: str, layer: LayerSpec) -> list[ExpectedTensor]:
-    experts, hidden, intermediate = layer.num_experts, layer.hidden_size, layer.intermediate_size
-    pair = (hidden, 2 * intermediate) if form.transposed else (2 * intermediate, hidden)
-    down = (intermediate, hidden) if form.transposed else (hidden, intermediate)
-    pair_cuts = [cut for expert in range(experts) for cut in _gate_and_up(form, layer, expert, pair)]
-    down_cuts = [Cut(expert, "down", expert * math.prod(down), down, form.transposed) for expert in range(experts)]
     return [
-        ExpectedTensor(expand(gate_up, layer.index), (experts, *pair), tuple(pair_cuts)),
-        ExpectedTensor(expand(form.down, layer.index), (experts, *down), tuple(down_cuts)),
+        *_tensors(form, layer, form.weights, _weight_shapes(layer), of_bias=False),
+        *(_tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True) if form.bias else ()),
     ]
 
 
-def _gate_and_up(form: DiskForm, layer: LayerSpec, expert: int, pair: tuple[int, int]) -> list[Cut]:
-    hidden, intermediate = layer.hidden_size, layer.intermediate_size
-    start = expert * math.prod(pair)
+def bias_sources(form: DiskForm, layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[WeightSource]:
+    """Yield where the biases of a layer lie."""
+    if form.bias is None:
+        return
+    for tensor in _tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True):
+        if tensor.name not in tensors:
+            raise CheckpointError(f"{tensor} of layer {layer.index} is missing; download the checkpoint again")
+        found = tensors[tensor.name]
+        _require_weight(found, tensor, layer)
+        yield from (_source(layer, cut, found, DTYPE_BITS[found.dtype] // 8) for cut in tensor.cuts)
+
+
+def _names(biases: Biases) -> dict[str, str]:
+    return {part: name for part, name in biases if name is not None}
+
+
+def _weight_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    H, I = layer.hidden_size, layer.intermediate_size
+    return {"gate": (I, H), "up": (I, H), "gate_up": (2 * I, H), "down": (H, I)}
+
+
+def _bias_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """Biases are weights of one column to everything that only moves numbers."""
+    return {part: (rows, 1) for part, (rows, _) in _weight_shapes(layer).items()}
+
+
+def _tensors(
+    form: DiskForm, layer: LayerSpec, names: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], *, of_bias: bool
+) -> list[ExpectedTensor]:
+    experts = range(layer.num_experts)
+    if not form.stacked:
+        return [
+            ExpectedTensor(
+                expand(name, layer.index, expert),
+                shapes[part][:1] if of_bias else shapes[part],
+                tuple(cuts_of(form, part, expert, 0, shapes[part], False, of_bias)),
+            )
+            for expert in experts
+            for part, name in names.items()
+        ]
+    expected = []
+    for part, name in names.items():
+        transposed = form.is_transposed(part) and not of_bias
+        rows, columns = shapes[part][::-1] if transposed else shapes[part]
+        shape: tuple[int, ...] = (len(experts), rows) if of_bias else (len(experts), rows, columns)
+        if form.flat and not of_bias:
+            shape = (len(experts) * rows, columns)
+        starts = [expert * rows * columns for expert in experts]
+        cuts = [c for e in experts for c in cuts_of(form, part, e, starts[e], (rows, columns), transposed, of_bias)]
+        expected.append(ExpectedTensor(expand(name, layer.index), shape, tuple(cuts)))
+    return expected
+
+
+def cuts_of(
+    form: DiskForm,
+    part: str,
+    expert: int,
+    start: int,
+    stored: tuple[int, int],
+    transposed: bool,
+    of_bias: bool = False,
+) -> list[Cut]:
+    """Return the cuts of one expert's run of numbers: one, or gate's and up's."""
+    if part != "gate_up":
+        return [Cut(expert, cast(Projection, part), start, stored, transposed, of_bias=of_bias)]
     order: list[Projection] = ["gate", "up"] if form.first == "gate" else ["up", "gate"]
+    both = stored[1] if transposed else stored[0]
     if form.interleaved:
-        return [Cut(expert, order[i], start, pair, form.transposed, first=i, step=2) for i in (0, 1)]
-    if form.transposed:
-        return [Cut(expert, order[i], start, pair, True, first=i * intermediate) for i in (0, 1)]
-    half = (intermediate, hidden)  # the common case: each is a run of its own, and one weight is read at a time
-    return [Cut(expert, order[i], start + i * math.prod(half), half) for i in (0, 1)]
+        return [Cut(expert, order[i], start, stored, transposed, first=i, step=2, of_bias=of_bias) for i in (0, 1)]
+    if transposed:
+        return [Cut(expert, order[i], start, stored, True, first=i * both // 2, of_bias=of_bias) for i in (0, 1)]
+    half = (both // 2, stored[1])  # the common case: each is a run of its own, and one weight is read at a time
+    return [Cut(expert, order[i], start + i * math.prod(half), half, of_bias=of_bias) for i in (0, 1)]
 
 
 def locate(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> tuple[WeightSource, ...]:
@@ -149,7 +194,7 @@ def locate(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, Te
 
 def _form_of(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> list[ExpectedTensor]:
     """Return what to expect of the one form that the tensors have."""
-    candidates = [expected_tensors(form, layer) for form in forms]
+    candidates = [expected_tensors(as_shapes_tell(form, layer, tensors), layer) for form in forms]
     found = [[tensor.name for tensor in expected if tensor.name in tensors] for expected in candidates]
     present = [i for i, names in enumerate(found) if names]
     if not present:
@@ -160,6 +205,21 @@ def _form_of(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, 
             f"layer {layer.index} has its experts twice, in two forms: {names}; which of them counts is not known"
         )
     return candidates[present[0]]
+
+
+def as_shapes_tell(form: DiskForm, layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> DiskForm:
+    """Return a form that says whether its tensors are transposed, by their shapes where the descriptor leaves it open.
+
+    It always can be told: H == 2I and H == I are never true at once, so one of gate_up and down shows it.
+    """
+    if form.transposed != "by_shape":
+        return form
+    readings = [form.model_copy(update={"transposed": transposed}) for transposed in (False, True)]
+    for reading in readings:
+        expected = [tensor for tensor in expected_tensors(reading, layer) if tensor.name in tensors]
+        if all(tensors[tensor.name].shape == tensor.shape for tensor in expected):
+            return reading
+    return readings[0]
 
 
 def _refuse_unmatched(
@@ -213,9 +273,10 @@ def _source(layer: LayerSpec, cut: Cut, tensor: TensorInfo, item_bytes: int) -> 
         tensor=tensor,
         start=cut.start * item_bytes,
         nbytes=math.prod(cut.stored) * item_bytes,
-        shape=layer.weight_shape(cut.projection),
+        shape=(layer.weight_shape(cut.projection)[0], 1) if cut.of_bias else layer.weight_shape(cut.projection),
         stored=cut.stored,
         transposed=cut.transposed,
         first=cut.first,
         step=cut.step,
+        of_bias=cut.of_bias,
     )

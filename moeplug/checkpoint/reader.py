@@ -35,10 +35,12 @@ from moeplug.checkpoint.streaming import (
     Ring,
     Span,
     Stream,
+    Told,
     in_file_order,
     in_turn,
     require_fit,
     spans_of,
+    untold,
 )
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
@@ -125,14 +127,19 @@ class Checkpoint:
         """
         return in_turn(self.ring(pieces, buffers))
 
-    def ring(self, pieces: Sequence[Piece], buffers: Sequence[memoryview], threads: int = 1) -> Ring:
-        """Return the pieces as spans that several threads read and any thread takes; arguments as in `stream`."""
+    def ring(
+        self, pieces: Sequence[Piece], buffers: Sequence[memoryview], threads: int = 1, told: Told = untold
+    ) -> Ring:
+        """Return the pieces as spans that several threads read and any thread takes; arguments as in `stream`.
+
+        told: called after each read by the thread that read.
+        """
         files = {shard.source.path: (shard.source, shard.stamp) for shard in self.shards}
         foreign = [piece for piece in pieces if self.tensors.get(piece.tensor.name) != piece.tensor]
         if foreign:
             raise ValueError(f"a piece is of another checkpoint: {foreign[0]}")
         views = require_fit(pieces, buffers)
-        return Ring(spans_of(pieces, views[0].nbytes), views, lambda: FileReader(files), threads)
+        return Ring(spans_of(pieces, views[0].nbytes), views, lambda: FileReader(files), threads, told)
 
 
 def _require_folder(path: Path) -> Path:

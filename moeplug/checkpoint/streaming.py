@@ -60,6 +60,13 @@ class Span:
         return content[start : start + piece.nbytes]
 
 
+Told = Callable[[Span, int, float, float], None]  # (span, bytes of it, started, ended), seconds of time.perf_counter
+
+
+def untold(span: Span, nbytes: int, started: float, ended: float) -> None:
+    """Tell nobody of a read."""
+
+
 def spans_of(pieces: Iterable[Piece], limit: int) -> list[Span]:
     """Return the spans of pieces, in the pieces' order: as many as lie side by side in at most `limit` bytes.
 
@@ -167,11 +174,13 @@ class Ring:
     """
 
     def __init__(
-        self, spans: Sequence[Span], buffers: Sequence[memoryview], source: Callable[[], Source], threads: int
-    ) -> None:
+        self, spans: Sequence[Span], buffers: Sequence[memoryview], source: Callable[[], Source], threads: int,
+        told: Told = untold,
+    ) -> None:  # fmt: skip
         self.read_seconds = 0.0  # of all reading threads
         self._spans = spans
         self._source = source
+        self._told = told
         self._changed = threading.Condition()
         self._free = deque(buffers)
         self._buffers: dict[int, memoryview] = {}  # of spans that are being read, or read and not taken
@@ -233,7 +242,9 @@ class Ring:
                 index, start, view = part
                 started = time.perf_counter()
                 source.read(self._spans[index], start, view)
-                seconds += time.perf_counter() - started
+                ended = time.perf_counter()
+                seconds += ended - started
+                self._told(self._spans[index], view.nbytes, started, ended)
                 self._arrived(index, view.nbytes)
             if not self._stopped:
                 source.finish()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeplug.checkpoint.descriptor import ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.reader import TensorInfo
 from moeplug.errors import CheckpointError, UsageError
+from moeplug.kernels.router import route
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import LayerSpec
+from moeplug.moe.router import RouterSpec
 
 try:
     import transformers
@@ -34,8 +38,35 @@ class TransformersExperts(QuantizedExperts):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """Return (M, H). top_k_index: (M, T) ids. top_k_weights: (M, T)."""
-        return super().forward(hidden_states, top_k_weights, top_k_index)
+        """Return hidden_states' shape, (M, H) or (batch, length, H). top_k_index: (M, T) ids. top_k_weights: (M, T)."""
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return super().forward(hidden, top_k_weights, top_k_index).view(hidden_states.shape)
+
+
+class RoutedBlock(nn.Module):
+    """An MoE block in the place of one whose own forward cannot call such experts.
+
+    Tokens are routed, and the shared expert is added.
+
+    The router, a linear layer, and the shared expert are the model's own, under their own names.
+    """
+
+    def __init__(self, block: nn.Module, names: ReplacedBlock, spec: RouterSpec) -> None:
+        super().__init__()
+        self._names, self._spec = names, spec
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (M, H), or that and the router's logits (M, E)."""
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router = self.get_submodule(self._names.router)
+        logits = F.linear(hidden, router.weight, router.bias)  # type: ignore[arg-type]
+        weights, ids = route(logits, self._spec)
+        out = self.get_submodule("experts")(hidden, ids, weights)
+        if self._names.shared is not None:
+            out = out + self.get_submodule(self._names.shared)(hidden)
+        return (out, logits) if self._names.returns_logits else out
 
 
 def prepare_model(path: Path, family: Family, layers: Sequence[LayerSpec], kept: Sequence[TensorInfo]) -> Any:
@@ -45,15 +76,17 @@ def prepare_model(path: Path, family: Family, layers: Sequence[LayerSpec], kept:
     parameter of its shape, or a parameter finds no tensor.
     """
     model = meta_model(path)
-    found = dict(_tensors(model))
-    for tensor in kept:
-        name = family.memory_name(tensor.name)
+    found, shapes = dict(_tensors(model)), {tensor.name: tensor.shape for tensor in kept}
+    given = _memory_names(family, shapes)
+    for name, parts in given.items():
+        label = ", ".join(parts)
         if name not in found:
-            raise CheckpointError(f"{tensor.name}: {type(model).__name__} has no parameter {name} for this tensor")
-        if found[name].shape != torch.Size(tensor.shape):
-            raise CheckpointError(f"{tensor.name}: is {tensor.shape}; {name} is {tuple(found[name].shape)}")
-    given = {family.memory_name(tensor.name) for tensor in kept}
-    experts = tuple(_experts_path(model, family, layer) + "." for layer in layers)
+            raise CheckpointError(f"{label}: {type(model).__name__} has no parameter {name} for this tensor")
+        rows = sum(shapes[part][0] for part in parts) if len(parts) > 1 else None
+        shape = shapes[parts[0]] if rows is None else (rows, *shapes[parts[0]][1:])
+        if found[name].shape != torch.Size(shape):
+            raise CheckpointError(f"{label}: is {shape}; {name} is {tuple(found[name].shape)}")
+    experts = tuple(experts_path(model, family, layer) + "." for layer in layers)
     empty = [name for name in _needed(model) if name not in given and not name.startswith(experts)]
     if empty:
         raise CheckpointError(
@@ -68,10 +101,12 @@ def finish_model(
 ) -> Any:
     """Return a prepared model with these experts and these dense tensors (by disk name) in their places."""
     for experts in layers.values():
-        parent, attribute = _owner(model, family.experts_path(experts.layer.index))
+        parent, attribute = _owner(model, experts_path(model, family, experts.layer))
         setattr(parent, attribute, experts)
-    for name, tensor in dense.items():
-        _assign(model, family.memory_name(name), tensor)
+        replace_block(model, family, experts.layer)
+    for name, parts in _memory_names(family, dense).items():
+        tensors = [dense[part] for part in parts]
+        _assign(model, name, tensors[0] if len(tensors) == 1 else torch.cat(tensors))
     model.tie_weights()
     _restore_computed_buffers(model, next(iter(dense.values())).device)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
@@ -83,10 +118,10 @@ def finish_model(
 def meta_model(path: Path) -> Any:
     """Return the model that config.json describes, all of it on the meta device. No remote code is ever run."""
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+                model = auto_class(config).from_config(config, dtype=config.dtype or torch.bfloat16)
             if (path / "generation_config.json").is_file():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever transformers makes of a config.json that it does not understand
@@ -100,29 +135,53 @@ def meta_model(path: Path) -> Any:
 
 def reference_model(path: Path, device: torch.device) -> Any:
     """Return the unquantized model as transformers itself loads it, in the checkpoint's dtype."""
-    with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = auto_class(config).from_pretrained(path, local_files_only=True, dtype="auto")
     return model.to(device).eval()
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' class that makes the whole model of a config: with images where there are any."""
+    with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
 
 
 def tokenizer_of(path: Path) -> Any:
     """Return the checkpoint's tokenizer."""
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as in meta_model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise CheckpointError(f"{path}: no tokenizer that transformers can read: {reason}") from error
 
 
-def _experts_path(model: nn.Module, family: Family, layer: LayerSpec) -> str:
+def experts_path(model: nn.Module, family: Family, layer: LayerSpec) -> str:
     """Return where the model has a layer's experts; CheckpointError where it has none there."""
-    path = family.experts_path(layer.index)
-    try:
-        model.get_submodule(path)
-    except AttributeError as error:
-        raise CheckpointError(f"{type(model).__name__} has no module {path}, where experts belong") from error
-    return path
+    paths = family.experts_paths(layer.index)
+    for path in paths:
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(path)
+            return path
+    raise CheckpointError(f"{type(model).__name__} has no module {' or '.join(paths)}, where experts belong")
+
+
+def replace_block(model: Any, family: Family, layer: LayerSpec) -> None:
+    """Put a RoutedBlock in the place of a layer's MoE block, where the family says that its own cannot call experts."""
+    names = family.descriptor.transformers.block
+    if names is None:
+        return
+    parent, attribute = _owner(model, expand(names.path, layer.index))
+    spec = family.router(model.config.to_dict(), layer.index)
+    setattr(parent, attribute, RoutedBlock(getattr(parent, attribute), names, spec))
+
+
+def _memory_names(family: Family, names: Collection[str]) -> dict[str, list[str]]:
+    """Return memory name → names on disk: one, or those that are one tensor in memory."""
+    joined = family.joined(names)
+    parts = {part for several in joined.values() for part in several}
+    return {family.memory_name(name): [name] for name in names if name not in parts} | joined
 
 
 def _needed(model: Any) -> Iterator[str]:
@@ -175,7 +234,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own log lines off the terminal; its errors still come as exceptions."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

@@ -539,11 +539,12 @@ def experts_kernel(
     ids_ptr, stride_im, stride_it,                    # (M, T)      int32 or int64; read if PAIRS
     pairs_ptr,                                        # (P,)        int32, pairs sorted by expert; read unless PAIRS
     table_ptr,                                        # (num_blocks, 4) int32: expert, first row, end; unless PAIRS
-    out_ptr, stride_om,                               # (P, N / 2) h, or (SPLIT_K, P, N) partial, written
+    out_ptr, stride_om,                               # (P, N / 2) h, ungated (P, N), or (SPLIT_K, P, N) partial
     out_scale_ptr,                                    # (P, N / 2 / OUT_GROUP) float32, or None: h is not quantized here
     alpha, limit, offset,                             # of the activation
     T, P, E, N, K, num_blocks, tiles_n, GROUP_M,
     GATE_UP: tl.constexpr,                            # the first product; else the second
+    GATED: tl.constexpr,                              # w13 has rows of gate; else of up alone, N is I and h (P, N)
     ACTIVATION: tl.constexpr,
     ROUTER_WEIGHT: tl.constexpr,                      # this product's result is multiplied by topk_weight
     GROUP: tl.constexpr,                              # weights along K that share a scale; 0: one a row, or none
@@ -608,7 +609,7 @@ def experts_kernel(
                 global_ptr, bias_ptr,
                 topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
                 T, P, N, K, e, pairs_ptr, 0, 0, pair, row_mask, offs_n, tile_n,
-                GATE_UP, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0,
+                GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0,
                 PLACES, EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
                 EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
             )  # fmt: skip
@@ -618,9 +619,9 @@ def experts_kernel(
             scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
             topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
             T, P, N, K, e, pairs_ptr, first_row, count, None, None, offs_n, tile_n,
-            GATE_UP, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES,
-            EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN_K,
-            SWAP, TMA, DRAIN, DOT_DTYPE, decode,
+            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE,
+            E8M0, PLACES, EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
         )  # fmt: skip
     else:
         _block_of_pairs(
@@ -628,9 +629,9 @@ def experts_kernel(
             scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
             topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
             T, P, N, K, e, pairs_ptr, first_row, count, None, None, offs_n, tile_n,
-            GATE_UP, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE, E8M0, PLACES,
-            EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SWAP,
-            TMA, DRAIN, DOT_DTYPE, decode,
+            GATE_UP, GATED, ACTIVATION, ROUTER_WEIGHT, GROUP, SCALE_ROWS, X_GROUP, SCALE_WEIGHTS, SCALE_DTYPE,
+            E8M0, PLACES, EXPONENT, BYTES, OUT_GROUP, HIDDEN_DTYPE, MAX_VALUE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K, SWAP, TMA, DRAIN, DOT_DTYPE, decode,
         )  # fmt: skip
 
 
@@ -640,9 +641,10 @@ def _block_of_pairs(
     scale_ptr, stride_se, stride_sn, stride_sc, zero_ptr, stride_ze, stride_zn, stride_zc, global_ptr, bias_ptr,
     topk_weight_ptr, stride_tm, stride_tt, out_ptr, stride_om, out_scale_ptr, alpha, limit, offset,
     T, P, N, K, e, pairs_ptr, first_row, count, pair, row_mask, offs_n, tile_n,
-    GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, ROUTER_WEIGHT: tl.constexpr, GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    E8M0: tl.constexpr, PLACES: tl.constexpr, EXPONENT: tl.constexpr, BYTES: tl.constexpr, OUT_GROUP: tl.constexpr,
+    GATE_UP: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROUTER_WEIGHT: tl.constexpr,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr, E8M0: tl.constexpr, PLACES: tl.constexpr, EXPONENT: tl.constexpr,
+    BYTES: tl.constexpr, OUT_GROUP: tl.constexpr,
     HIDDEN_DTYPE: tl.constexpr, MAX_VALUE: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     DRAIN: tl.constexpr, DOT_DTYPE: tl.constexpr, decode: tl.constexpr,
@@ -657,12 +659,13 @@ def _block_of_pairs(
     token = pair // T
     x_row = (token if GATE_UP else row).to(tl.int64)
     s_rows, z_rows, xs_rows = None, None, None
-    COLUMNS: tl.constexpr = BLOCK_N // 2 if GATE_UP else BLOCK_N  # of gate, of up, or of down
+    PARTS: tl.constexpr = 2 if GATE_UP and GATED else 1
+    COLUMNS: tl.constexpr = BLOCK_N // PARTS  # of gate, of up, or of down
     WHOLE: tl.constexpr = SCALE_ROWS > 1 and SCALE_ROWS % COLUMNS == 0 and not SCALE_WEIGHTS
-    TILE_SCALES: tl.constexpr = (2 if GATE_UP else 1) if WHOLE else 0
+    TILE_SCALES: tl.constexpr = PARTS if WHOLE else 0
     if scale_ptr is not None and GROUP > 0:
         scale_n = offs_n if TILE_SCALES == 0 else tile_n * BLOCK_N + tl.arange(0, TILE_SCALES)
-        s_rows = scale_ptr + e * stride_se + _scale_row(scale_n, N, GATE_UP, SCALE_ROWS) * stride_sn
+        s_rows = scale_ptr + e * stride_se + _scale_row(scale_n, N, PARTS, SCALE_ROWS) * stride_sn
     if zero_ptr is not None:
         z_rows = zero_ptr + e * stride_ze + offs_n * stride_zn
     if X_GROUP > 0:
@@ -700,19 +703,21 @@ def _block_of_pairs(
         bias = tl.load(bias_ptr + e * N + offs_n, mask=column_mask, other=0.0).to(tl.float32)
         acc += _along_n(tl.where(split == 0, bias, 0.0), SWAP)
     if GATE_UP:
-        if SWAP:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1)))
+        if not GATED:
+            gate, up = acc, 1.0
+        elif SWAP:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (COLUMNS, 2, BLOCK_M)), (0, 2, 1)))
         else:
-            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, COLUMNS, 2)))
         h = _activate(gate, up, ACTIVATION, alpha, limit, offset)
-        out_row, width = row.to(tl.int64), N // 2
-        offs_o = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        out_row, width = row.to(tl.int64), N // PARTS
+        offs_o = tile_n * COLUMNS + tl.arange(0, COLUMNS)
         if OUT_GROUP > 0:
             tl.static_assert(not SWAP)
-            GROUPS: tl.constexpr = BLOCK_N // 2 // OUT_GROUP
+            GROUPS: tl.constexpr = COLUMNS // OUT_GROUP
             h = tl.reshape(h.to(HIDDEN_DTYPE).to(tl.float32), (BLOCK_M, GROUPS, OUT_GROUP))
             h_scale = _scale_of(h, MAX_VALUE)
-            h = tl.reshape(h * (1.0 / h_scale)[:, :, None], (BLOCK_M, BLOCK_N // 2))
+            h = tl.reshape(h * (1.0 / h_scale)[:, :, None], (BLOCK_M, COLUMNS))
             h = _encode(h, out_ptr.dtype.element_ty, MAX_VALUE)
             groups = tile_n * GROUPS + tl.arange(0, GROUPS)
             scale_ptrs = out_scale_ptr + out_row[:, None] * tl.cdiv(width, OUT_GROUP) + groups[None, :]
@@ -727,11 +732,11 @@ def _block_of_pairs(
 
 
 @triton.jit
-def _scale_row(offs_n, N, GATE_UP: tl.constexpr, SCALE_ROWS: tl.constexpr):
+def _scale_row(offs_n, N, PARTS: tl.constexpr, SCALE_ROWS: tl.constexpr):
     """Return which row of scales a row of weights uses: its own, or its block's (those of gate before those of up)."""
     if SCALE_ROWS == 1:
         row = offs_n
-    elif GATE_UP:
+    elif PARTS == 2:
         row = offs_n % 2 * tl.cdiv(N // 2, SCALE_ROWS) + offs_n // 2 // SCALE_ROWS
     else:
         row = offs_n // SCALE_ROWS

@@ -13,8 +13,8 @@ from torch import Tensor
 from moeplug.kernels.cpu_products import Product, Tokens, working
 from moeplug.kernels.operands import Operand, check_call, operand, reason_against_numbers
 from moeplug.kernels.select import ExpertsForward, Kernel, KernelRequest
-from moeplug.moe.activations import fake_quantized, gated
-from moeplug.moe.layout import CONCATENATED
+from moeplug.moe.activations import activated, fake_quantized
+from moeplug.moe.layout import CONCATENATED, UP_ONLY, Layout
 from moeplug.moe.reference import round_intermediate
 from moeplug.moe.routing import sort_by_expert
 
@@ -46,6 +46,10 @@ class CpuKernel(Kernel):
 
     name = "cpu-grouped"
     layout = CONCATENATED
+
+    def layout_for(self, request: KernelRequest) -> Layout:
+        """Return gate rows before up rows, or up's alone."""
+        return CONCATENATED if request.layer.gated else UP_ONLY
 
     def reason_against(self, request: KernelRequest) -> str | None:
         """Return None if this kernel serves the request, else why not, in one line."""
@@ -119,8 +123,7 @@ class _CpuExperts:
         """
         (M, T), ids = topk_ids.shape, topk_ids.reshape(-1).long()
         x = hidden.float().unsqueeze(1).expand(-1, T, -1).reshape(M * T, -1)
-        gate, up = self._gate_up.of_pairs(x, ids).chunk(2, dim=1)
-        h = round_intermediate(gated(gate, up, self._request.layer), hidden.dtype)
+        h = round_intermediate(activated(self._gate_up.of_pairs(x, ids), self._request.layer), hidden.dtype)
         first, *others = (self._down.of_pairs(h, ids).view(M, T, -1) * topk_weights.float().unsqueeze(2)).unbind(1)
         for contribution in others:
             first += contribution
@@ -140,8 +143,7 @@ class _CpuExperts:
             own = slice(first - start, end - start)
             factor = None if weight_of_input is None else weight_of_input[own]
             self._gate_up(tokens, slice(0, 1) if x.shape[0] == 1 else own, e, products[own], factor)
-        gate, up = products.chunk(2, dim=1)
-        h = gated(gate, up, request.layer)
+        h = activated(products, request.layer)
         h = h.to(dtype) if request.intermediate is None else round_intermediate(h, dtype)
         tokens = Tokens(fake_quantized(h, request.intermediate, request.intermediate_format))
         for e, first, end in batch:

@@ -54,6 +54,7 @@ class TritonKernel(Kernel):
         return interleaved(
             _in_words(request.gate_up, request.gate_up_format, request.activation_format, H),
             _in_words(request.down, request.down_format, request.intermediate_format, I),
+            request.layer.gated,
         )
 
     def reason_against(self, request: KernelRequest) -> str | None:
@@ -211,7 +212,8 @@ class _Planner:
     def _first_quantizes(self, spec: ActivationSpec | None) -> bool:
         """Return whether tiles of the first product hold whole groups of h, which it can then quantize itself."""
         blocks, group = self.schedule.first, (spec.group_size or 0) if spec else 0
-        return group > 0 and blocks.BLOCK_N // 2 % group == 0 and self.I % group == 0 and not blocks.SWAP
+        columns = blocks.BLOCK_N // 2 if self._request.layer.gated else blocks.BLOCK_N
+        return group > 0 and columns % group == 0 and self.I % group == 0 and not blocks.SWAP
 
     def _prepare(self) -> list[Launch]:
         """Return what comes before the first product: sorting, quantization of hidden, or nothing."""
@@ -300,7 +302,7 @@ class _Planner:
             "offset": float(layer.activation_offset),
             "T": self.T, "P": self.P, "E": self.E, "N": operand.N, "K": K,
             "num_blocks": self._num_blocks, "tiles_n": tiles_n, "GROUP_M": 1 if pairs else blocks.GROUP_M,
-            "GATE_UP": which == 0, "ACTIVATION": layer.activation,
+            "GATE_UP": which == 0, "GATED": layer.gated, "ACTIVATION": layer.activation,
             "ROUTER_WEIGHT": layer.router_weight_on_input == (which == 0),
             "GROUP": group, "SCALE_ROWS": operand.scale_rows, "X_GROUP": (spec.group_size or 0) if spec else 0,
             "SCALE_WEIGHTS": scale_weights, "SCALE_DTYPE": self._tl(scale_dtype),

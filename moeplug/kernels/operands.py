@@ -30,7 +30,7 @@ class Operand:
     words: values along K are in the order of `moeplug.moe.layout.in_words`; else in the plain order.
     group_size: weights along K that share a scale, K for one scale a row; the last of a row may be fewer.
     scale_rows: rows that share a row of scales, 1 but for blocks. parts: 2 in w13, whose R rows of scales are gate's,
-    then up's, in every layout; 1 in w2.
+    then up's, in every layout; 1 in w2 and where there is no gate.
     """
 
     format: NumberFormat
@@ -72,8 +72,8 @@ def operand(
     """
     layer, first = request.layer, buffer == "w13"
     spec, fmt = (request.gate_up, request.gate_up_format) if first else (request.down, request.down_format)
-    N, K = (2 * layer.intermediate_size, layer.hidden_size) if first else layer.weight_shape("down")
-    parts = 2 if first else 1
+    N, K = (layer.w13_rows, layer.hidden_size) if first else layer.weight_shape("down")
+    parts = 2 if first and layer.gated else 1
     weight = weights[buffer]
     E = weight.shape[0]
     bias = weights.get(f"{buffer}_bias")
@@ -103,6 +103,8 @@ def reason_against_numbers(request: KernelRequest) -> str | None:
     layer = request.layer
     if layer.activation not in ACTIVATIONS:
         return f"activation {layer.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if not layer.gated and layer.activation == "swiglu_clamped":
+        return "activation 'swiglu_clamped' is of gate and up, but the experts have no gate"
     return _reason_against_activations(
         "input_activations", request.input_activations, layer.hidden_size
     ) or _reason_against_activations("intermediate", request.intermediate, layer.intermediate_size)

@@ -17,28 +17,34 @@ import torch
 from torch import Tensor
 
 from moeplug.errors import UsageError
-from moeplug.moe.router import GroupScore, RouterSpec, Score, check_route, route_reference
+from moeplug.moe.router import GroupScore, RouterSpec, Score, check_route, route_reference, scaled_by_expert
 
 # Logits that one program of one warp holds at least: less would leave lanes idle. Chosen, not measured.
 LEAST_LOGITS_PER_PROGRAM: Final = 32
 
 
-def route(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, expert_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (topk_weights (M, T) float32, topk_ids (M, T) int32) of logits (M, E), greatest choice first.
 
-    logits: bfloat16, float16 or float32, any strides, E up to 1024. bias: (E,) float, for the choice only. Inference
-    only. Raises UsageError where they do not fit each other or spec.
+    logits: bfloat16, float16 or float32, any strides, E up to 1024. bias: (E,) float, for the choice only.
+    expert_scale: (E,) float, what each expert's weights are multiplied by last. Inference only.
+    Raises UsageError where they do not fit each other or spec.
     """
     check_route(logits, spec, bias)
     if torch.is_grad_enabled() and logits.requires_grad:
         raise UsageError("route is for inference: call it under torch.no_grad(); route_reference has gradients")
+    if not spec.is_fused:
+        return route_reference(logits, spec, bias, expert_scale)
     if torch.compiler.is_compiling():  # eager calls spare themselves the dispatcher
         weights, ids = torch.ops.moeplug.route(
             logits, bias, spec.top_k, spec.score, spec.n_group, spec.topk_group, spec.group_score,
             spec.renormalize, spec.epsilon, spec.scaling_factor,
         )  # fmt: skip
-        return weights, ids
-    return _route(logits, spec, bias)
+    else:
+        weights, ids = _route(logits, spec, bias)
+    return scaled_by_expert(weights, ids, expert_scale), ids
 
 
 def route_triton(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

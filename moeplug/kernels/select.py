@@ -52,6 +52,14 @@ class KernelRequest:
     activation_format: NumberFormat | None = None
     intermediate_format: NumberFormat | None = None
 
+    def describe(self) -> str:
+        """Return the specs in a few words, for example `int8 channel` or `int8 g128 + bfloat16`."""
+        sides = (self.gate_up, self.gate_up_format), (self.down, self.down_format)
+        names = [fmt.name if spec is None else spec.describe() for spec, fmt in sides]
+        label = names[0] if names[0] == names[1] else " + ".join(names)
+        quantized = {a.describe() for a in (self.input_activations, self.intermediate) if a is not None}
+        return ", ".join([label, *(f"{text} activations" for text in sorted(quantized))])
+
 
 class ExpertsForward(Protocol):
     """What stage 5 returns: the experts' part of a MoE layer."""
@@ -92,24 +100,40 @@ class Kernel(ABC):
         return f"<kernel {self.name}>"
 
 
+Against = tuple[tuple[str, str], ...]  # (kernel, the reason against it)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The chosen kernel, and the reason against every other one that was asked before or instead."""
 
     kernel: Kernel
-    against: tuple[tuple[str, str], ...]
+    against: Against
+
+
+def _reason_against_rows(kernel: Kernel, request: KernelRequest) -> str | None:
+    """Return why a kernel's layout has no place for these experts: one that was written for gates takes no others."""
+    if request.layer.gated or kernel.layout_for(request).gate_up == "up":
+        return None
+    return "wants gate and up, but the experts have no gate"
 
 
 def select_kernel(request: KernelRequest, kernels: Iterable[Kernel]) -> Selection:
     """Return the first kernel that serves the request; raise SchemeError with every reason if none does."""
+    chosen, against = judge_kernels(request, kernels)
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in against) or "no kernel is registered"
+        raise SchemeError(f"layer {request.layer.index}: no kernel serves this scheme on {request.device}: {reasons}")
+    return Selection(chosen, against)
+
+
+def judge_kernels(request: KernelRequest, kernels: Iterable[Kernel]) -> tuple[Kernel | None, Against]:
+    """Return the first kernel that serves the request, None if none does, and the reasons against the others."""
     chosen, against = None, []
     for kernel in kernels:
-        reason = kernel.reason_against(request)
+        reason = kernel.reason_against(request) or _reason_against_rows(kernel, request)
         if reason is None and chosen is None:
             chosen = kernel
         else:
             against.append((kernel.name, reason or f"{chosen.name if chosen else ''} is preferred"))
-    if chosen is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in against) or "no kernel is registered"
-        raise SchemeError(f"layer {request.layer.index}: no kernel serves this scheme on {request.device}: {reasons}")
-    return Selection(chosen, tuple(against))
+    return chosen, tuple(against)

@@ -194,10 +194,8 @@ def heuristic(M: int, T: int, E: int, H: int, I: int, gate_up: Numbers, down: Nu
     first, second = (replace(tile, BLOCK_M=BLOCK_M) for tile in tiles)
     first = fitted(first, 2 * I, H, gate_up, device, halves=2)
     second = fitted(second, H, I, down, device)
-    # A second body for half-empty blocks of 64 costs more than it saves, unless decoding is what it saves. So does one
-    # for blocks of 128 of short products whose sums are scaled (Qwen3-30B, M=8192: 1154 beside 1118 µs).
-    short = gate_up.scales_sum and min(H, I) < LARGE
-    half = gate_up.decoded or down.decoded or BLOCK_M < 64 or (BLOCK_M > 64 and not short)
+    # A second body for half-empty blocks of 64 costs more than it saves, unless decoding is what it saves.
+    half = BLOCK_M != 64 or gate_up.decoded or down.decoded
     return Schedule(pairs, first, _split(second, P, E, H, I, down, device), half)
 
 

@@ -52,6 +52,14 @@ def gated(gate: Tensor, up: Tensor, layer: LayerSpec) -> Tensor:
     return gate * torch.sigmoid(layer.activation_alpha * gate) * (up + layer.activation_offset)
 
 
+def activated(product: Tensor, layer: LayerSpec) -> Tensor:
+    """Return (n, I) of the first product as w13's rows lie: (n, 2I), gate's columns first, or (n, I) without a gate."""
+    if layer.gated:
+        gate, up = product.chunk(2, dim=1)
+        return gated(gate, up, layer)
+    return ACTIVATION_FUNCTIONS[layer.activation](product)
+
+
 def quantize_activations(x: Tensor, spec: ActivationSpec, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     """Return (q, scale): scale is amax(|x|) / max_value of a token, or of a group of its values; 1 where that is 0.
 

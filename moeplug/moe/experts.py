@@ -258,14 +258,7 @@ class QuantizedExperts(nn.Module):
 
 def describe(ctx: StageContext) -> str:
     """Return a group's specs in a few words, for example `int8 channel` or `int8 g128 + bfloat16`."""
-    specs = [ctx.request.gate_up, ctx.request.down]
-    names = [
-        fmt.name if spec is None else spec.describe()
-        for spec, fmt in zip(specs, (ctx.request.gate_up_format, ctx.request.down_format), strict=True)
-    ]
-    label = names[0] if names[0] == names[1] else " + ".join(names)
-    quantized = {a.describe() for a in (ctx.request.input_activations, ctx.request.intermediate) if a is not None}
-    return ", ".join([label, *(f"{text} activations" for text in sorted(quantized))])
+    return ctx.request.describe()
 
 
 def relayout(tensor: Tensor, name: str, source: Layout, target: Layout) -> Tensor:

@@ -5,7 +5,8 @@ The axis letters, everywhere the same:
     N out           K in                            G group: weights along K that share a scale
     H hidden        I intermediate
 
-A layer is w13 (E, 2I, H), which holds gate and up, and w2 (E, H, I), which holds down.
+A layer is w13 (E, 2I, H), which holds gate and up, and w2 (E, H, I), which holds down. Experts without a gate have up
+alone in w13, (E, I, H).
 One projection of one expert, (N, K), is an *expert weight*: gate (I, H), up (I, H), down (H, I).
 """
 
@@ -32,6 +33,7 @@ class LayerSpec:
     activation_alpha, activation_limit, activation_offset: read by activation "swiglu_clamped" alone, which is
     gate * sigmoid(alpha * gate) * (up + offset) with gate at most limit and up within -limit and limit.
     router_weight_on_input: topk_weight multiplies both products before the activation instead of the output.
+    gated: false: experts have no gate, and the hidden values are act(x @ up.T). bias: all projections have biases.
     """
 
     index: int
@@ -46,6 +48,18 @@ class LayerSpec:
     activation_limit: float | None = None
     activation_offset: float = 1.0
     router_weight_on_input: bool = False
+    gated: bool = True
+    bias: bool = False
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The projections that an expert has."""
+        return PROJECTIONS if self.gated else PROJECTIONS[1:]
+
+    @property
+    def w13_rows(self) -> int:
+        """How many rows one expert has in w13."""
+        return 2 * self.intermediate_size if self.gated else self.intermediate_size
 
     def weight_shape(self, projection: Projection) -> tuple[int, int]:
         """Return (N, K) of one expert weight."""
@@ -66,7 +80,7 @@ class Layout:
 
     name: str
     version: int
-    gate_up: Literal["concatenated", "interleaved"]
+    gate_up: Literal["concatenated", "interleaved", "up"]
     w13_words: bool = False
     w2_words: bool = False
     scales_along: Literal["K", "N"] = "K"
@@ -77,7 +91,7 @@ class Layout:
 
     def rows(self, projection: Projection, intermediate_size: int) -> slice:
         """Return which rows of w13 (2I rows) or w2 (all rows) hold this projection."""
-        if projection == "down":
+        if projection == "down" or self.gate_up == "up":
             return slice(None)
         first = projection == "gate"
         if self.gate_up == "interleaved":  # one tile of w13 then holds gate i and up i side by side
@@ -101,14 +115,20 @@ class Layout:
 WORDS: Final = 16  # in a run: the values along K that a tensor core's operand keeps in the same registers
 CONCATENATED: Final = Layout("concatenated", 1, "concatenated")
 INTERLEAVED: Final = Layout("interleaved", 1, "interleaved", scales_along="N")
+UP_ONLY: Final = Layout("up-only", 1, "up")  # of experts without a gate
 
 
-def interleaved(w13_words: bool, w2_words: bool) -> Layout:
-    """Return the layout of interleaved rows with words in either buffer; without, it is INTERLEAVED."""
+def interleaved(w13_words: bool, w2_words: bool, gated: bool = True) -> Layout:
+    """Return the layout of interleaved rows with words in either buffer; without, it is INTERLEAVED.
+
+    Without a gate there is nothing to interleave: rows are up's.
+    """
     with_words = "".join(f"-{name}" for name, words in (("w13", w13_words), ("w2", w2_words)) if words)
-    if not with_words:
+    if gated and not with_words:
         return INTERLEAVED
-    return Layout(f"interleaved-words{with_words}", 2, "interleaved", w13_words, w2_words, "N")
+    rows: Literal["interleaved", "up"] = "interleaved" if gated else "up"
+    name = f"{'interleaved' if gated else 'up-only-n'}{'-words' if with_words else ''}{with_words}"
+    return Layout(name, 2, rows, w13_words, w2_words, "N")
 
 
 def buffer_name(projection: Projection) -> Literal["w13", "w2"]:

@@ -5,7 +5,8 @@ The numbers, for one token x and the experts e its ids name (weights dequantized
     x        = quantized(x)                        only where input activations are quantized
     gate, up = x @ gate[e].T, x @ up[e].T          products and sums in the weights' dtype, float32 or float64
     gate, up = gate + its bias, up + its bias      where the expert has biases
-    h        = act(gate) * up                      the same; activation swiglu_clamped takes both (`gated`)
+    h        = act(gate) * up                      the same; activation swiglu_clamped takes both (`gated`);
+                                                   act(up) where the expert has no gate
     h        = h rounded to hidden's dtype         the only rounding in between; none where hidden is 32-bit or wider
     h        = quantized(h)                        only where the intermediate is quantized
     y        = topk_weight * (h @ down[e].T + bias)  products, sums and the router weight in the weights' dtype
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeplug.moe.activations import fake_quantized, gated
+from moeplug.moe.activations import ACTIVATION_FUNCTIONS, fake_quantized, gated
 from moeplug.moe.layout import LayerSpec
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 
 
 class ExpertWeights(NamedTuple):
-    """One expert, dequantized: gate (I, H), up (I, H), down (H, I), all float32 or all float64; biases (I,), (H,)."""
+    """One expert, dequantized: gate (I, H) or None, up (I, H), down (H, I), all float32 or all float64; biases."""
 
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     gate_bias: Tensor | None = None
@@ -69,7 +70,7 @@ def experts_reference(
     request: the layer's activation, where its router weights go and how activations are quantized; None: `activation`
     and nothing else.
     """
-    exact = ExpertWeights(*experts[0]).gate.dtype if len(experts) else torch.float32
+    exact = ExpertWeights(*experts[0]).up.dtype if len(experts) else torch.float32
     on_input = request is not None and request.layer.router_weight_on_input
     M, T = topk_ids.shape
     contributions = torch.zeros(M, T, hidden.shape[1], dtype=exact, device=hidden.device)
@@ -97,16 +98,22 @@ def expert_reference(
 
     weight_of_input: (n, 1), what the first products are multiplied by.
     """
-    exact = weights.gate.dtype
+    exact = weights.up.dtype
     layer = request.layer if request else LayerSpec(0, "", 0, 0, 0, 0, activation)
     x = fake_quantized(hidden, request.input_activations, request.activation_format) if request else hidden
-    gate, up = x.to(exact) @ weights.gate.T, x.to(exact) @ weights.up.T
-    if weight_of_input is not None:
-        gate, up = gate * weight_of_input, up * weight_of_input
-    h = gated(_biased(gate, weights.gate_bias), _biased(up, weights.up_bias), layer)
+    x = x.to(exact)
+    up = _biased(_weighted(x @ weights.up.T, weight_of_input), weights.up_bias)
+    if weights.gate is None:
+        h = ACTIVATION_FUNCTIONS[layer.activation](up)
+    else:
+        h = gated(_biased(_weighted(x @ weights.gate.T, weight_of_input), weights.gate_bias), up, layer)
     h = round_intermediate(h, hidden.dtype)
     h = fake_quantized(h, request.intermediate, request.intermediate_format) if request else h
     return _biased(h @ weights.down.T, weights.down_bias)
+
+
+def _weighted(product: Tensor, weight: Tensor | None) -> Tensor:
+    return product if weight is None else product * weight
 
 
 def _biased(product: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,12 @@ The numbers, for one token's logits (E,), all in float32 whatever the logits' dt
     groups  = n_group runs of E / n_group experts; the topk_group runs with the greatest group score stay: the greatest
               choice in the run, or the sum of its two greatest
     ids     = the T experts that stay with the greatest choice, greatest first
-    weights = score[ids], or softmax(logits[ids]); divided by (their sum + epsilon) if renormalize; * scaling_factor
+    weights = score[ids], or softmax(logits[ids]); divided by (their sum + epsilon), or by least_sum where that is
+              greater, if renormalize (norm p: by their p-norm instead of their sum); * scaling_factor;
+              * expert_scale[ids] where there is one
+
+Score "sparsemixer" is a rule of its own: expert after expert, the greatest logit is taken, and its weight is its
+softmax among those left that are near it: (greatest - logit) / max(|logit|, greatest) <= 2 * jitter.
 
 Equal choices: the lowest expert id first, and the lowest group. A NaN counts as greater than all numbers, as in
 torch.topk: it is chosen, its weight is NaN (with softmax all weights of its token), and so nothing hides it. Infinities
@@ -27,7 +32,7 @@ from torch import Tensor
 
 from moeplug.errors import UsageError
 
-Score = Literal["softmax", "sigmoid", "softmax_of_chosen"]
+Score = Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 MOST_EXPERTS: Final = 1024  # the kernel keeps a token's row in registers: 32 numbers a thread of one warp
 LOGITS_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,6 +54,9 @@ class RouterSpec:
     renormalize: bool = False
     epsilon: float = 0.0
     scaling_factor: float = 1.0
+    least_sum: float = 0.0
+    norm: float = 1.0
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -67,8 +75,21 @@ class RouterSpec:
             )
         if not (self.epsilon >= 0 and math.isfinite(self.epsilon)) or (self.epsilon and not self.renormalize):
             raise UsageError(f"epsilon={self.epsilon}; expected a finite number from 0 on, and 0 without renormalize")
+        if not (self.least_sum >= 0 and math.isfinite(self.least_sum)) or (self.least_sum and not self.renormalize):
+            raise UsageError(
+                f"least_sum={self.least_sum}; expected a finite number from 0 on, and 0 without renormalize"
+            )
+        if not self.norm > 0:
+            raise UsageError(f"norm={self.norm}; expected a number above 0: 1 divides by the sum")
+        if self.score == "sparsemixer" and (self.renormalize or self.n_group > 1 or not self.jitter > 0):
+            raise UsageError("sparsemixer needs jitter above 0, and has neither groups nor renormalize")
         if not math.isfinite(self.scaling_factor):
             raise UsageError(f"scaling_factor={self.scaling_factor}; expected a finite number")
+
+    @property
+    def is_fused(self) -> bool:
+        """Return whether the GPU kernel knows the rule; the others run as torch operations."""
+        return self.score != "sparsemixer" and self.norm == 1 and not self.least_sum
 
     @property
     def limits_groups(self) -> bool:
@@ -96,16 +117,32 @@ def check_route(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> None:
         raise UsageError(f"top_k={spec.top_k} is more than {left}")
     if bias is None:
         return
+    if spec.score == "sparsemixer":
+        raise UsageError("sparsemixer chooses by logits alone: it takes no bias")
     if bias.shape != logits.shape[1:] or not bias.is_floating_point():
         raise UsageError(f"bias is {tuple(bias.shape)} {bias.dtype}; expected floats ({E},), one per expert")
     if bias.device != logits.device:
         raise UsageError(f"bias is on {bias.device}, logits are on {logits.device}; move one of them")
 
 
-def route_reference(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (topk_weights (M, T) float32, topk_ids (M, T) int32) of logits (M, E), bias (E,) for the choice only."""
+def route_reference(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, expert_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (topk_weights (M, T) float32, topk_ids (M, T) int32) of logits (M, E), bias (E,) for the choice only.
+
+    expert_scale: (E,) float, what each expert's weights are multiplied by last.
+    """
     check_route(logits, spec, bias)
-    logits = logits.float()
+    weights, ids = (_sparsemixer if spec.score == "sparsemixer" else _chosen)(logits.float(), spec, bias)
+    return scaled_by_expert(weights, ids, expert_scale), ids
+
+
+def scaled_by_expert(weights: Tensor, ids: Tensor, expert_scale: Tensor | None) -> Tensor:
+    """Return weights (M, T) times expert_scale (E,) of their experts."""
+    return weights if expert_scale is None else weights * expert_scale.float()[ids.long()]
+
+
+def _chosen(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     scores = _scores(logits, spec)
     choice = logits
     if spec.chooses_by_score(bias is not None):
@@ -119,8 +156,20 @@ def route_reference(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None
     if spec.score == "softmax_of_chosen":
         weights = weights.softmax(1)
     if spec.renormalize:
-        weights = weights / (weights.sum(1, keepdim=True) + spec.epsilon)
+        total = weights.sum(1, keepdim=True) if spec.norm == 1 else weights.norm(spec.norm, 1, keepdim=True)
+        weights = weights / (total + spec.epsilon).clamp(min=spec.least_sum)
     return weights * spec.scaling_factor, ids.to(torch.int32)
+
+
+def _sparsemixer(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    ids = _descending(logits)[:, : spec.top_k]
+    left, weights = logits, []
+    for chosen in torch.split(ids, 1, dim=1):
+        greatest = left.gather(1, chosen)
+        far = (greatest - logits) / torch.maximum(logits.abs(), greatest) > 2 * spec.jitter
+        weights.append(left.masked_fill(far, -math.inf).softmax(1).gather(1, chosen))
+        left = left.scatter(1, chosen, -math.inf)
+    return torch.cat(weights, 1) * spec.scaling_factor, ids.to(torch.int32)
 
 
 def _scores(logits: Tensor, spec: RouterSpec) -> Tensor:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
-from moeplug.checkpoint.locate import by_piece
+from moeplug.checkpoint.encoded import Collector, reading_order
+from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
-from moeplug.checkpoint.reader import Checkpoint, Piece, TensorInfo, in_file_order
+from moeplug.checkpoint.reader import Checkpoint, Piece, Span, TensorInfo, in_file_order
 from moeplug.errors import CheckpointError
+from moeplug.hookspecs import LoadEvent
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import Projection
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
@@ -55,21 +57,25 @@ def run(
     registry: Registry,
     progress: Progress | None = None,
     module_class: ModuleClass = QuantizedExperts,
+    job_class: type[Job] | None = None,
     *,
     exact_error: bool = False,
     into: Targets | None = None,
 ) -> Result:
     """Do what the plan says and return the result; on any error nothing is kept.
 
-    progress: called with (bytes read, bytes to read) after each span. exact_error: errors of all rows, not a sample.
-    into: what takes the weights instead of new storage.
+    progress: called with (bytes read, bytes to read) after each span. job_class: what feeds the layers. exact_error:
+    errors of all rows, not a sample. into: what takes the weights instead of new storage.
     """
     started = time.perf_counter()
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
-    job = _Job(plan, registry, module_class, exact_error, into)
-    with _one_torch_thread(plan.device):
-        timings = job.read_everything(progress or (lambda done, total: None))
+    job = (job_class or Job)(plan, registry, module_class, exact_error, into)
+    try:
+        with one_torch_thread(plan.device):
+            timings = job.read_everything(progress or (lambda done, total: None))
+    finally:
+        registry.tell(LoadEvent("load", "", job.total_bytes, started, time.perf_counter()))
     layers = tuple(LayerReport(layer, job.errors[layer.layer.index]) for layer in plan.layers)
     report = Report(
         plan=plan,
@@ -84,11 +90,22 @@ def run(
     return Result(dict(sorted(job.finished.items())), job.dense, report)
 
 
-class _Job:
-    """One pass over the files: which piece feeds which layer, and which layers are open. Threads may share it."""
+class Job:
+    """One pass over the files: which piece feeds which layer, and which layers are open. Threads may share it.
+
+    Here layers and dense tensors stay in memory; an export overrides where they go. in_order: pieces are used one at a
+    time in the order in which they are read, by one thread.
+    """
+
+    in_order = False
 
     def __init__(
-        self, plan: Plan, registry: Registry, module_class: ModuleClass, exact_error: bool, into: Targets | None
+        self,
+        plan: Plan,
+        registry: Registry,
+        module_class: ModuleClass,
+        exact_error: bool = False,
+        into: Targets | None = None,
     ) -> None:
         self._plan, self._registry, self._module_class = plan, registry, module_class
         self._exact_error, self._into = exact_error, into
@@ -100,7 +117,11 @@ class _Job:
         self.errors: dict[int, LayerErrors] = {}
         self.dense: dict[str, Tensor] = {}
         self._experts = by_piece(plan.sources)
-        self._pieces = in_file_order([*self._experts, *self._dense_pieces()])
+        self._pieces = self._pieces_to_read()
+        self._collector = None if plan.encoding is None else Collector(plan.encoding, plan.sources)
+        if plan.encoding is not None:  # scales before weights, layer by layer: no layer's weights wait for scales
+            order = reading_order(plan.sources)
+            self._pieces.sort(key=lambda piece: order.get((piece.tensor.name, piece.start), (-1, False)))
         self.total_bytes = sum(piece.nbytes for piece in self._pieces)
         self._done = 0
 
@@ -125,12 +146,19 @@ class _Job:
     def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, advance: Advance) -> Timings:
         plan, buffers = self._plan, self._read_buffers()
         views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
-        with closing(checkpoint.ring(self._pieces, views, plan.readers)) as ring:
+        with closing(checkpoint.ring(self._pieces, views, plan.readers, self._was_read)) as ring:
             if plan.device.type == "cuda":
-                timings = through_gpu(ring, self._use, advance, plan.device, plan.read_buffer_bytes, len(views))
+                nbytes = plan.read_buffer_bytes
+                timings = through_gpu(ring, self._use, advance, plan.device, nbytes, len(views), self._was_copied)
             else:
-                timings = through_threads(ring, self._use, advance, plan.workers)
+                timings = through_threads(ring, self._use, advance, 1 if self.in_order else plan.workers)
         return replace(timings, read=ring.read_seconds, readers=plan.readers)
+
+    def _was_read(self, span: Span, nbytes: int, started: float, ended: float) -> None:
+        self._registry.tell(LoadEvent("read", span.pieces[0].tensor.name, nbytes, started, ended))
+
+    def _was_copied(self, span: Span, started: float, ended: float) -> None:
+        self._registry.tell(LoadEvent("copy", span.pieces[0].tensor.name, span.nbytes, started, ended))
 
     def _use(self, pieces: Sequence[tuple[Piece, Tensor]], seconds: StageSeconds) -> None:
         """Give the expert weights in pieces to their layers, several small ones of a projection at a time."""
@@ -140,34 +168,61 @@ class _Job:
             if sources is None:
                 self._keep(piece, raw)
                 continue
-            flat = raw.view(_torch_dtype(piece.tensor))
-            origin = f"{piece.tensor.file.name}: {piece.tensor.name}"
+            if self.in_order or self._collector is not None or any(source.of_bias for source in sources):
+                self._feed(piece, raw, seconds)
+                continue
+            flat = raw.view(torch_dtype(piece.tensor))
             for source in sources:
                 alone = source.expert if source.nbytes > LARGEST_BATCHED else -1
                 batch = batches.setdefault((source.layer, source.projection, alone), [])
-                batch.append((source.expert, source.weight_of(flat), origin))
+                batch.append((source.expert, source.weight_of(flat), _origin(piece)))
         for (layer, projection, _), batch in batches.items():
             batch.sort(key=itemgetter(0))  # neighbours then lie side by side in the buffers
             experts, weights, origins = zip(*batch, strict=True)
             together = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
-            self._feed(layer, projection, experts, together, origins, seconds)
+            self._builder(layer).feed(projection, experts, together, origins, seconds)
+            self._finish_if_complete(layer)
 
-    def _feed(
-        self, layer: int, projection: Projection, experts: Sequence[int], weights: Tensor, origins: Sequence[str],
+    def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
+        """Give what one piece holds of experts to their layers: weights, biases, or parts of quantized weights."""
+        for source in self._experts[piece]:
+            builder, origin = self._builder(source.layer), _origin(piece)
+            weight = source.weight_of(raw.view(torch_dtype(piece.tensor)))
+            if source.of_bias:
+                builder.feed_bias(source.projection, (source.expert,), weight.T, origin)
+            elif self._collector is not None:
+                self._feed_encoded(self._collector, builder, source, weight, origin, seconds)
+            else:
+                builder.feed(source.projection, (source.expert,), weight.unsqueeze(0), origin, seconds)
+            self._finish_if_complete(source.layer)
+
+    def _feed_encoded(
+        self, collector: Collector, builder: LayerBuilder, source: WeightSource, part: Tensor, origin: str,
         seconds: StageSeconds,
     ) -> None:  # fmt: skip
-        """Give weights to their layer, and finish it if they are its last."""
-        builder = self._builder(layer)
-        builder.feed(projection, experts, weights, origins, seconds)
+        """Take a part of a quantized weight; with the last one hand the weight on, as it is or dequantized."""
+        encoding, layer = self._plan.encoding, self._layer_plans[source.layer].layer
+        assert encoding is not None
+        weight = collector.add(source, part, layer.weight_shape(source.projection)[1])
+        if weight is not None:
+            builder.feed_encoded(source.projection, source.expert, *weight, encoding.matches, origin, seconds)
+
+    def _finish_if_complete(self, layer: int) -> None:
         with self._lock:  # of two threads that bring the last weights one finishes the layer
-            last = builder.complete and self._open.pop(layer, None) is not None
-        if last:
-            self.finished[layer], self.errors[layer] = builder.finish(self._module_class)
+            builder = self._open.get(layer)
+            if builder is None or not builder.complete:
+                return
+            del self._open[layer]
+        self._finish(layer, *builder.finish(self._module_class))
+
+    def _finish(self, layer: int, experts: QuantizedExperts, errors: LayerErrors) -> None:
+        """Take a finished layer."""
+        self.finished[layer], self.errors[layer] = experts, errors
 
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""
         tensor = self.dense[piece.tensor.name]
-        peak = peak_of(raw.view(_torch_dtype(piece.tensor)))
+        peak = peak_of(raw.view(torch_dtype(piece.tensor)))
         with self._lock:
             self._peaks.setdefault(piece.tensor.name, []).append(peak)
         tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
@@ -196,18 +251,17 @@ class _Job:
                 )
             return self._open[layer]
 
-    def _dense_pieces(self) -> Iterator[Piece]:
-        """Allocate the dense tensors and yield their pieces, none larger than a read buffer."""
+    def _pieces_to_read(self) -> list[Piece]:
+        """Allocate the dense tensors, and return all pieces in file order."""
         if not self._plan.with_dense:
-            return
-        step = self._plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
+            return in_file_order(self._experts)
         for tensor in self._plan.kept:
             if self._into is None:
-                made = torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=self._plan.device)
+                made = torch.empty(tensor.shape, dtype=torch_dtype(tensor), device=self._plan.device)
             else:
                 made = self._into.dense[tensor.name]
             self.dense[tensor.name] = made
-            yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
+        return in_file_order([*self._experts, *dense_pieces(self._plan)])
 
     def _read_buffers(self) -> list[Tensor]:
         """Return the ring's buffers: parts of one block, because each pinned block is rounded up to a power of two."""
@@ -218,7 +272,7 @@ class _Job:
 
 
 @contextmanager
-def _one_torch_thread(device: torch.device) -> Iterator[None]:
+def one_torch_thread(device: torch.device) -> Iterator[None]:
     """Give each Python thread one of torch's while they quantize on a CPU.
 
     A chunk's operations take tens of microseconds, as long as OpenMP takes to start and join its threads; measured on
@@ -259,6 +313,27 @@ class _CpuLoads:
 _cpu_loads = _CpuLoads()
 
 
-def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
+def dense_pieces(plan: Plan) -> Iterator[Piece]:
+    """Yield the pieces of the tensors outside the experts, none larger than a read buffer."""
+    step = plan.read_buffer_bytes // 16 * 16  # no number of any dtype is cut in two
+    for tensor in plan.kept:
+        yield from (Piece(tensor, s, min(step, tensor.nbytes - s)) for s in range(0, tensor.nbytes, step))
+
+
+def _origin(piece: Piece) -> str:
+    return f"{piece.tensor.file.name}: {piece.tensor.name}"
+
+
+def require_finite(piece: Piece, raw: Tensor) -> None:
+    """Raise CheckpointError where the bytes of a piece hold NaN or an infinity."""
+    if not bool(torch.isfinite(peak_of(raw.view(torch_dtype(piece.tensor))))):
+        raise CheckpointError(
+            f"{piece.tensor.file.name}: {piece.tensor.name}: holds NaN or an infinity; expected finite weights. "
+            "The file is damaged or the model diverged: get the file again"
+        )
+
+
+def torch_dtype(tensor: TensorInfo) -> torch.dtype:
+    """Return the torch dtype of a tensor in a file."""
     dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
     return dtype

@@ -30,7 +30,7 @@ def buffer_shapes(ctx: StageContext) -> dict[str, tuple[tuple[int, int, int], to
     gate_up, down = ctx.format("gate"), ctx.format("down")
     H, I = layer.hidden_size, layer.intermediate_size
     return {
-        "w13": ((E, 2 * I, H // gate_up.values_per_element), gate_up.storage_dtype),
+        "w13": ((E, layer.w13_rows, H // gate_up.values_per_element), gate_up.storage_dtype),
         "w2": ((E, H, I // down.values_per_element), down.storage_dtype),
     }
 

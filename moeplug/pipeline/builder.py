@@ -18,14 +18,15 @@ from torch import Tensor
 from moeplug.errors import CheckpointError, RefusedError
 from moeplug.hookspecs import StageContext
 from moeplug.moe.experts import ExpertGroup, QuantizedExperts
-from moeplug.moe.layout import PROJECTIONS, LayerSpec, Projection, buffer_name
+from moeplug.moe.layout import LayerSpec, Projection, buffer_name
 from moeplug.pipeline.allocate import allocate
 from moeplug.pipeline.create_scales import ScaleStore, create_scales
 from moeplug.pipeline.load import load, refuse_not_finite, refuse_plugins_not_finite
 from moeplug.pipeline.quantize import quantize
 from moeplug.pipeline.setup_kernel import PipelineBinder
-from moeplug.quantization import squared_error
+from moeplug.quantization import Scales, decode, dequantized, encode, in_scale_dtype, squared_error
 from moeplug.registry import Registry
+from moeplug.spec import WeightSpec
 
 if TYPE_CHECKING:
     from moeplug.pipeline.plan import LayerPlan
@@ -41,13 +42,15 @@ LEAST_ROWS = 48
 class LayerErrors:
     """Relative RMS error of each expert weight: ||weight - decoded|| / ||weight||, over one layer.
 
-    worst_where: the worst one, for example "expert 5, down". exact: all rows were looked at, not a sample of them.
+    worst_where: the worst one, for example "expert 5, down". sum_of_squares: of the relative errors. exact: all rows
+    were looked at, not a sample of them.
     """
 
     worst: float
     mean: float
     worst_where: str
-    exact: bool
+    sum_of_squares: float
+    exact: bool = True
 
 
 @dataclass
@@ -87,10 +90,11 @@ class LayerBuilder:
         homes = [None] * len(plan.groups) if into is None else into.expert_groups()
         self._groups = [_GroupBuilder(g.ctx, registry, home) for g, home in zip(plan.groups, homes, strict=True)]
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
-        self._came: dict[tuple[int, Projection], str] = {}  # → origin
-        # (E, 3, 2): squares of the error and of the weight; largest magnitudes as read and as the plugin's stage load
-        # made them. Kept on the device until the layer is finished: the host waits for a GPU once a layer.
-        shape = (plan.layer.num_experts, len(PROJECTIONS), 2)
+        self._came: dict[tuple[int, str], str] = {}  # → origin
+        self._expected = [*plan.layer.projections, *(f"{p} bias" for p in plan.layer.projections if plan.layer.bias)]
+        # (E, projections, 2): squares of the error and of the weight; largest magnitudes as read and as the plugin's
+        # stage load made them. Kept on the device until the layer is finished: the host waits for a GPU once a layer.
+        shape = (plan.layer.num_experts, len(plan.layer.projections), 2)
         self._squares = torch.zeros(shape, dtype=torch.float64, device=plan.groups[0].ctx.device)
         self._peaks = torch.zeros(shape, dtype=torch.float32, device=self._squares.device)
 
@@ -111,12 +115,8 @@ class LayerBuilder:
         started = time.perf_counter()
         seconds = StageSeconds() if seconds is None else seconds
         origins = [origin] * len(experts) if isinstance(origin, str) else origin
-        for expert, where in zip(experts, origins, strict=True):
-            if expert not in self._place:
-                raise CheckpointError(f"{where}: layer {self._layer.index} has no expert {expert}")
-            if (expert, projection) in self._came:
-                raise CheckpointError(f"{where}: layer {self._layer.index}, expert {expert}: {projection} came twice")
-        which = PROJECTIONS.index(projection)
+        self._require_expected(projection, experts, origins)
+        which = self._layer.projections.index(projection)
         step = 1 if self._exact else sampled_step(self._layer.weight_shape(projection)[0])
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
@@ -132,15 +132,67 @@ class LayerBuilder:
         seconds.weights += len(experts)
         seconds.total += time.perf_counter() - started
 
+    @torch.no_grad()
+    def feed_bias(self, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str = "memory") -> None:
+        """Keep the biases of B experts of one projection as they are, tensor (B, N): no scheme quantizes a bias."""
+        what = f"{projection} bias"
+        self._require_expected(what, experts, [origin] * len(experts))
+        expected = (len(experts), self._layer.weight_shape(projection)[0])
+        if tuple(tensor.shape) != expected or not bool(torch.isfinite(tensor).all()):
+            found = "NaN or an infinity" if tuple(tensor.shape) == expected else str(tuple(tensor.shape))
+            raise CheckpointError(f"{origin}: {what} of experts {list(experts)}: {found}; expected finite {expected}")
+        for expert, bias in zip(experts, tensor, strict=True):
+            group, slot = self._place[expert]
+            self._groups[group].feed_bias(projection, slot, bias)
+            self._came[expert, what] = origin
+
+    @torch.no_grad()
+    def feed_encoded(
+        self,
+        projection: Projection,
+        expert: int,
+        values: Tensor,
+        scales: Scales,
+        as_stored: Callable[[WeightSpec | None], bool],
+        origin: str = "memory",
+        seconds: StageSeconds | None = None,
+    ) -> None:
+        """Take one already quantized weight: values (1, N, K) float32, and the scales that they are multiplied by.
+
+        as_stored: whether a spec asks for just these numbers; then they are kept, with no error of their own. For any
+        other spec the weight is dequantized and quantized anew.
+        """
+        group, slot = self._place[expert]
+        if not as_stored(self._groups[group].ctx.spec(projection)):
+            self.feed(projection, (expert,), dequantized(values, scales), origin, seconds)
+            return
+        self._require_expected(projection, (expert,), (origin,))
+        self._groups[group].keep(projection, slot, values, scales, origin)
+        exact = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._squares.device)
+        self._squares[expert, self._layer.projections.index(projection)] = exact
+        self._came[expert, projection] = origin
+
+    def _require_expected(self, what: str, experts: Sequence[int], origins: Sequence[str]) -> None:
+        for expert, origin in zip(experts, origins, strict=True):
+            if expert not in self._place:
+                raise CheckpointError(f"{origin}: layer {self._layer.index} has no expert {expert}")
+            if what not in self._expected:
+                raise CheckpointError(f"{origin}: the experts of layer {self._layer.index} have no {what}")
+            if (expert, what) in self._came:
+                raise CheckpointError(f"{origin}: layer {self._layer.index}, expert {expert}: {what} came twice")
+
     @property
     def complete(self) -> bool:
         """Whether every expert weight has come."""
-        return len(self._came) == self._layer.num_experts * len(PROJECTIONS)
+        return len(self._came) == self._layer.num_experts * len(self._expected)
 
     def finish(self, module_class: ModuleClass = QuantizedExperts) -> tuple[QuantizedExperts, LayerErrors]:
         """Return the finished module and its errors; raise if a weight is missing or `accept:` says no."""
         missing = [
-            f"expert {e}, {p}" for e in range(self._layer.num_experts) for p in PROJECTIONS if (e, p) not in self._came
+            f"expert {e}, {p}"
+            for e in range(self._layer.num_experts)
+            for p in self._expected
+            if (e, p) not in self._came
         ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -159,7 +211,7 @@ class LayerBuilder:
     def _refuse_not_finite(self) -> None:
         """Raise what stage 2 did not wait to see on a GPU."""
         for (expert, which), (read, made) in zip(
-            ((e, p) for e in range(self._layer.num_experts) for p in PROJECTIONS),
+            ((e, p) for e in range(self._layer.num_experts) for p in self._layer.projections),
             self._peaks.cpu().flatten(0, 1).tolist(),
             strict=True,
         ):
@@ -173,10 +225,11 @@ class LayerBuilder:
         squares = self._squares.cpu().flatten(0, 1)
         relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         worst = int(relative.argmax())
-        expert, projection = divmod(worst, len(PROJECTIONS))
-        where = f"expert {expert}, {PROJECTIONS[projection]}"
-        exact = self._exact or all(sampled_step(self._layer.weight_shape(p)[0]) == 1 for p in PROJECTIONS)
-        return LayerErrors(float(relative[worst]), float(relative.mean()), where, exact)
+        expert, projection = divmod(worst, len(self._layer.projections))
+        where = f"expert {expert}, {self._layer.projections[projection]}"
+        exact = self._exact or all(sampled_step(self._layer.weight_shape(p)[0]) == 1 for p in self._layer.projections)
+        squares_of_errors = float(relative.square().sum())
+        return LayerErrors(float(relative[worst]), float(relative.mean()), where, squares_of_errors, exact)
 
     def _runs(self, experts: Sequence[int]) -> list[tuple[int, int]]:
         """Split a batch where slots stop being neighbours, so that each run is one slice of a buffer."""
@@ -207,6 +260,7 @@ class _GroupBuilder:
         self._buffers: dict[str, Tensor] | None = None
         self._views: dict[Projection, Tensor] = {}
         self._store: ScaleStore | None = None
+        self._biases: dict[str, Tensor] = {}
 
     def feed(
         self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origins: Sequence[str],
@@ -228,6 +282,41 @@ class _GroupBuilder:
         seconds.error += time.perf_counter() - quantized
         return squares, peaks
 
+    def keep(self, projection: Projection, slot: int, values: Tensor, scales: Scales, origin: str) -> None:
+        """Write values (1, N, K) that the group's format has, and their scales, as they are."""
+        ctx, spec = self.ctx, self.ctx.spec(projection)
+        assert spec is not None
+        store = self._prepared()
+        fmt, words = ctx.format(projection), ctx.layout.words(projection)
+        out = self._views[projection][slot : slot + 1]
+        encode(values.clone(), fmt, out, words)
+        again = torch.empty_like(values)
+        decode(out, fmt, again, words)
+        kept = in_scale_dtype(scales, spec)
+        if not torch.equal(again, values) or kept is None:
+            what = "a scale" if kept is None else "a stored value"
+            raise CheckpointError(
+                f"{origin}: layer {ctx.layer.index}, {projection}: {what} is none that {spec.describe()} with "
+                f"scale_dtype: {spec.scale_dtype} has; use scale_dtype: float32, or requantize: true"
+            )
+        if not bool(torch.isfinite(kept.values(values.shape[1])).all()):
+            raise CheckpointError(
+                f"{origin}: layer {ctx.layer.index}, {projection}: a stored scale is NaN or infinite; "
+                "the file is damaged: get it again"
+            )
+        store.put(projection, slot, kept)
+
+    def feed_bias(self, projection: Projection, slot: int, bias: Tensor) -> None:
+        """Keep one expert's bias (N,) in the row order of the weights; w13_bias (E, rows), w2_bias (E, H)."""
+        ctx, name = self.ctx, f"{buffer_name(projection)}_bias"
+        with self._lock:
+            if name not in self._biases and self._home is not None:
+                self._biases[name] = self._home.get_buffer(name)
+            if name not in self._biases:
+                rows = ctx.layer.hidden_size if projection == "down" else ctx.layer.w13_rows
+                self._biases[name] = torch.empty(len(ctx.experts), rows, dtype=bias.dtype, device=ctx.device)
+        ctx.layout.view(self._biases[name], projection)[slot].copy_(bias)
+
     def finish(self) -> ExpertGroup:
         """Run stages 4 and 5."""
         assert self._buffers is not None
@@ -236,7 +325,7 @@ class _GroupBuilder:
             self._store.require_finite()
         scales = create_scales(self._registry, self.ctx, self._store)
         if self._home is None:
-            return ExpertGroup(self.ctx, self._buffers, scales, PipelineBinder(self._registry))
+            return ExpertGroup(self.ctx, self._buffers | self._biases, scales, PipelineBinder(self._registry))
         for name, tensor in scales.items():
             self._home.get_buffer(name).copy_(tensor)
         return self._home
@@ -247,6 +336,6 @@ class _GroupBuilder:
             if self._buffers is None or self._store is None:
                 home = self._home
                 made = allocate(self._registry, self.ctx) if home is None else home.weights()
-                self._views = {p: self.ctx.layout.view(made[buffer_name(p)], p) for p in PROJECTIONS}
+                self._views = {p: self.ctx.layout.view(made[buffer_name(p)], p) for p in self.ctx.layer.projections}
                 self._buffers, self._store = made, ScaleStore(self.ctx)
             return self._store

@@ -25,7 +25,7 @@ class ScaleStore:
     def __init__(self, ctx: StageContext) -> None:
         self._ctx = ctx
         self.tensors: dict[str, Tensor] = {}
-        for projection in PROJECTIONS[1:]:
+        for projection in PROJECTIONS[1:]:  # up stands for all of w13
             spec = ctx.spec(projection)
             if spec is not None:
                 self._allocate(buffer_name(projection), projection)
@@ -64,7 +64,7 @@ class ScaleStore:
         ctx, spec = self._ctx, self._ctx.spec(projection)
         assert spec is not None
         N, K = ctx.layer.weight_shape(projection)
-        E, parts = len(ctx.experts), 1 if projection == "down" else 2
+        E, parts = len(ctx.experts), 2 if projection == "up" and ctx.layer.gated else 1
         shape = (E, parts * -(-N // spec.scale_rows), scale_shape(spec, N, K)[1])
         self.tensors[f"{buffer}_scale"] = ctx.layout.empty_scales(shape, scale_dtype(spec), ctx.device)
         if not spec.symmetric:
@@ -75,13 +75,14 @@ class ScaleStore:
 
     def _view(self, projection: Projection, part: str) -> Tensor:
         spec = self._ctx.spec(projection)
-        layout = CONCATENATED if part == "scale" and spec and spec.scale_rows > 1 else self._ctx.layout
+        in_blocks = part == "scale" and spec is not None and spec.scale_rows > 1 and self._ctx.layer.gated
+        layout = CONCATENATED if in_blocks else self._ctx.layout
         return layout.view(self.tensors[f"{buffer_name(projection)}_{part}"], projection)
 
 
 def create_scales(registry: Registry, ctx: StageContext, store: ScaleStore) -> dict[str, Tensor]:
     """Return the kernel's scale tensors by name."""
-    given: Mapping[Projection, Scales] = {projection: store.scales(projection) for projection in PROJECTIONS}
+    given: Mapping[Projection, Scales] = {projection: store.scales(projection) for projection in ctx.layer.projections}
     tensors = registry.call("create_scales", ctx, lambda: store.tensors, scales=given)
     if not isinstance(tensors, Mapping):
         raise PluginError(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from moeplug.checkpoint.memory import MemoryCheckpoint
-from moeplug.checkpoint.reader import Piece, Ring
+from moeplug.checkpoint.reader import Piece, Ring, Span
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED_SPANS
 
 Use = Callable[[Sequence[tuple[Piece, Tensor]], StageSeconds], None]
 Advance = Callable[[int], None]
+Copied = Callable[[Span, float, float], None]  # (span, started, ended), seconds of time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,25 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
     return Timings.of(workers, total, sum(r[1] for r in results), sum(r[2] for r in results))
 
 
-def through_gpu(ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int) -> Timings:
-    """Use every piece on the GPU: copies on a side stream into STAGED_SPANS buffers, work on the current one."""
+def through_gpu(
+    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int, told: Copied
+) -> Timings:
+    """Use every piece on the GPU: copies on a side stream into STAGED_SPANS buffers, work on the current one.
+
+    told: called with each copy at the end, when the GPU can say when it ran.
+    """
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED_SPANS)]
         side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
         copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
         events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        spans: list[Span] = []
+        base = _event()
+        with torch.cuda.stream(side):
+            base.record()
+        base.synchronize()
+        based = time.perf_counter()
         seconds, waited, waited_for_gpu, began, number = StageSeconds(), 0.0, 0.0, time.perf_counter(), 0
         while True:
             asked = time.perf_counter()
@@ -157,6 +169,7 @@ def through_gpu(ring: Ring, use: Use, advance: Advance, device: torch.device, sp
             use([(piece, span.bytes_of(piece, into)) for piece in span.pieces], seconds)
             work_end.record()
             events.append((copy_begin, copy_end, work_begin, work_end))
+            spans.append(span)
             copied.append((copy_end, buffer))
             asked = time.perf_counter()
             # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
@@ -170,6 +183,8 @@ def through_gpu(ring: Ring, use: Use, advance: Advance, device: torch.device, sp
         torch.cuda.synchronize(device)
         waited_for_gpu += time.perf_counter() - asked
     busy = time.perf_counter() - began - waited - waited_for_gpu
+    for span, (begin, end, _, _) in zip(spans, events, strict=True):
+        told(span, based + base.elapsed_time(begin) / 1e3, based + base.elapsed_time(end) / 1e3)
     copying = sum(begin.elapsed_time(end) for begin, end, _, _ in events) / 1e3
     quantizing = sum(begin.elapsed_time(end) for _, _, begin, end in events) / 1e3
     return Timings.of(

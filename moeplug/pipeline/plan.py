@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
+from moeplug.checkpoint.encoded import Encoding
 from moeplug.checkpoint.family import Family
-from moeplug.checkpoint.locate import WeightSource
+from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, TensorInfo
 from moeplug.errors import CheckpointError, RefusedError, SchemeError
@@ -20,12 +21,15 @@ from moeplug.hookspecs import StageContext
 from moeplug.kernels.select import Device, KernelRequest, select_kernel
 from moeplug.manifest import check_scheme
 from moeplug.moe.experts import describe
-from moeplug.moe.layout import PROJECTIONS, LayerSpec
+from moeplug.moe.layout import LayerSpec
 from moeplug.pipeline.setup_kernel import device_of
 from moeplug.quantization import CHUNK_ELEMENTS, bytes_of_weight, check_spec
 from moeplug.registry import Plugin, Registry
 from moeplug.scheme import Scheme
 from moeplug.spec import WeightSpec
+
+if TYPE_CHECKING:
+    from moeplug.pipeline.builder import LayerErrors
 
 ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless 4 expert weights are more
 # Smaller weights are read together: a read of less does not reach a disk's speed, and a GPU's copies cost launches.
@@ -45,8 +49,9 @@ class GroupPlan:
     def nbytes(self) -> int:
         """Return the stored bytes of the group, scales included."""
         ctx = self.ctx
-        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *ctx.layer.weight_shape(p)) for p in PROJECTIONS]
-        return len(ctx.experts) * sum(sizes)
+        shapes = {p: ctx.layer.weight_shape(p) for p in ctx.layer.projections}
+        sizes = [bytes_of_weight(ctx.spec(p), ctx.format(p), *shape) for p, shape in shapes.items()]
+        return len(ctx.experts) * (sum(sizes) + bytes_of_biases(ctx.layer))
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,16 @@ class LayerPlan:
 
     layer: LayerSpec
     groups: tuple[GroupPlan, ...]
+    encoded_bytes: int | None = None  # of a layer that is quantized already
 
     @property
     def bytes_before(self) -> int:
-        """Return the bytes of the layer's expert weights in the checkpoint's dtype."""
+        """Return the bytes of the layer's expert weights in the checkpoint."""
+        if self.encoded_bytes is not None:
+            return self.encoded_bytes
         layer = self.layer
-        return 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        weights = len(layer.projections) * layer.hidden_size * layer.intermediate_size * dtype_of(layer).itemsize
+        return layer.num_experts * (weights + bytes_of_biases(layer))
 
     @property
     def bytes_after(self) -> int:
@@ -100,6 +109,8 @@ class Plan:
     sources: tuple[WeightSource, ...]
     kept: tuple[TensorInfo, ...]
     with_dense: bool
+    encoding: Encoding | None = None  # of a checkpoint that is quantized already
+    stored: Mapping[int, LayerErrors] | None = None  # of an export of our own form: the errors that it recorded
 
     @property
     def expert_bytes_before(self) -> int:
@@ -119,7 +130,7 @@ class Plan:
     @property
     def read_buffer_bytes(self) -> int:
         """Return the size of one read buffer: the largest piece of an expert tensor, or several small ones."""
-        return max(self._span_bytes, *(source.nbytes for source in self.sources))
+        return max([self._span_bytes, *(source.nbytes for source in self.sources)])
 
     @property
     def readers(self) -> int:
@@ -129,13 +140,17 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Return how many threads quantize; one gives a GPU its work."""
-        return 1 if self.device.type == "cuda" else min(MOST_WORKERS, usable_cores())
+        """Return how many threads quantize; one gives a GPU its work, or takes what is quantized already."""
+        alone = self.device.type == "cuda" or self.encoding is not None or self.stored is not None
+        return 1 if alone else min(MOST_WORKERS, usable_cores())
 
     @property
     def read_buffers(self) -> int:
         """Return how many buffers the host has: one for each thread and one more, as far as the allowance goes."""
-        largest = max((layer.bytes_before // (3 * layer.layer.num_experts) for layer in self.layers), default=0)
+        weights = [
+            (layer.bytes_before, len(layer.layer.projections) * layer.layer.num_experts) for layer in self.layers
+        ]
+        largest = max((nbytes // count for nbytes, count in weights), default=0)
         allowed = max(ALLOWANCE, 4 * largest)
         if self.device.type == "cuda":
             # Pinned memory comes in powers of two: 32 MiB, or what two buffers need.
@@ -158,7 +173,13 @@ class Plan:
     def _scratch_bytes(self) -> int:
         """Return what one thread needs for arithmetic: four copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        return min(4 * 4 * chunk, 16 * self.read_buffer_bytes) + self._span_bytes  # small weights are put side by side
+        nbytes = (
+            min(4 * 4 * chunk, 16 * self.read_buffer_bytes) + self._span_bytes
+        )  # small weights are put side by side
+        if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
+            nbytes += 8 * max(layer.layer.hidden_size * layer.layer.intermediate_size for layer in self.layers)
+            nbytes += max(layer.bytes_before for layer in self.layers) // 8
+        return nbytes
 
     @property
     def peak_bytes(self) -> int:
@@ -179,6 +200,7 @@ class Plan:
             "dense_tensors": len(self.kept),
             "transient_bytes": self.transient_bytes,
             "peak_bytes": self.peak_bytes,
+            "quantized_already": None if self.encoding is None else self.encoding.label,
             "notes": list(self.checkpoint.notes),
         }
 
@@ -197,50 +219,112 @@ def plan_model(
     *,
     with_dense: bool,
     budget: int | None = None,
+    encoding: Encoding | None = None,
 ) -> Plan:
-    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget."""
-    layers: list[LayerSpec] = []
-    sources: list[WeightSource] = []
-    for layer in family.layers(checkpoint.config):
-        found = family.locate(layer, checkpoint.tensors)
-        # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
-        layers.append(replace(layer, dtype=TORCH_DTYPES[found[0].tensor.dtype]))
-        sources.extend(found)
+    """Return the plan of a load, or raise: SchemeError, CheckpointError, PluginError, RefusedError over budget.
+
+    encoding: how the checkpoint's experts are quantized already.
+    """
+    layers, sources = locate_layers(checkpoint, family, encoding)
     check_overrides(scheme, layers)
-    kept = family.unclaimed(checkpoint.tensors, {source.tensor.name for source in sources})
+    claimed = {source.tensor.name for source in sources}
+    if encoding is not None:
+        claimed |= {name for name in checkpoint.tensors if name.endswith(encoding.ignored)}
+    kept = family.unclaimed(checkpoint.tensors, claimed, _own_config(checkpoint, encoding))
     if with_dense:
-        _check_dense_dtypes(kept)
+        check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
-    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense)
+    if encoding is not None:
+        _require_same_numbers(plans, scheme, encoding)
+        read = {piece: held[0].layer for piece, held in by_piece(sources).items()}
+        sizes = {index: sum(p.nbytes for p, i in read.items() if i == index) for index in set(read.values())}
+        plans = tuple(replace(plan, encoded_bytes=sizes[plan.layer.index]) for plan in plans)
+    plan = Plan(checkpoint, family, scheme, device, plans, tuple(sources), kept, with_dense, encoding)
+    require_budget(plan, budget)
+    return plan
+
+
+def require_budget(plan: Plan, budget: int | None) -> None:
+    """Raise RefusedError where a load needs more bytes on the device than the budget has."""
     if budget is not None and plan.peak_bytes > budget:
         raise RefusedError(
-            f"this load needs {gigabytes(plan.peak_bytes)} on {device} at its peak: experts "
-            f"{gigabytes(plan.expert_bytes_after)}, other weights {gigabytes(plan.dense_bytes if with_dense else 0)}, "
+            f"this load needs {gigabytes(plan.peak_bytes)} on {plan.device} at its peak: experts "
+            f"{gigabytes(plan.expert_bytes_after)}, other weights "
+            f"{gigabytes(plan.dense_bytes if plan.with_dense else 0)}, "
             f"while loading {gigabytes(plan.transient_bytes)}; --budget allows {gigabytes(budget)}. Nothing was read. "
             "A scheme with fewer bits makes the experts smaller; the rest needs a larger budget"
         )
-    return plan
+
+
+def locate_layers(
+    checkpoint: Checkpoint | DummyCheckpoint | MemoryCheckpoint, family: Family, encoding: Encoding | None = None
+) -> tuple[list[LayerSpec], list[WeightSource]]:
+    """Return the MoE layers, and where each of their expert weights lies in the files."""
+    layers: list[LayerSpec] = []
+    sources: list[WeightSource] = []
+    for layer in family.layers(_own_config(checkpoint, encoding)):
+        if encoding is None:
+            found = family.locate(layer, checkpoint.tensors)
+        else:
+            found = family.locate_encoded(layer, checkpoint.tensors, encoding)
+        # config.json's dtype is only a claim; the tensors' own counts, and locate saw that a layer has one.
+        dtype = TORCH_DTYPES[found[0].tensor.dtype] if encoding is None else layer.dtype
+        bias = any(source.of_bias for source in found)
+        layers.append(replace(layer, dtype=dtype, bias=bias))
+        sources.extend(found)
+    return layers, sources
+
+
+def _own_config(
+    checkpoint: Checkpoint | DummyCheckpoint | MemoryCheckpoint, encoding: Encoding | None
+) -> dict[str, Any]:
+    """Return config.json without what `encoding` says already."""
+    return {key: value for key, value in checkpoint.config.items() if not encoding or key != "quantization_config"}
 
 
 def plan_layer(layer: LayerSpec, scheme: Scheme, registry: Registry, device: torch.device) -> LayerPlan:
     """Return one layer's groups: its experts by spec and plugin, each group with the kernel that will run it."""
-    by_spec: dict[tuple[str | None, WeightSpec | None, WeightSpec | None], list[int]] = {}
-    for expert in range(layer.num_experts):
-        by_spec.setdefault(_specs_of(layer, scheme, expert), []).append(expert)
     groups = []
-    for (plugin, gate_up, down), experts in by_spec.items():
-        groups.append(_plan_group(layer, scheme, registry, device, plugin, gate_up, down, tuple(experts)))
+    for wanted in wanted_groups(layer, scheme, registry, device_of(device)):
+        selection = select_kernel(wanted.request, registry.kernels(wanted.plugin))
+        options = _options_of(wanted.plugin, scheme, registry)
+        ctx = StageContext(wanted.plugin, wanted.request, wanted.experts, selection.kernel, options)
+        groups.append(GroupPlan(ctx, selection.against))
     return LayerPlan(layer, tuple(groups))
 
 
-def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -> None:
-    """Check a scheme against what its plugins declare, and import them; the device must be one that they serve."""
+@dataclass(frozen=True)
+class WantedGroup:
+    """An expert group before a kernel is chosen for it."""
+
+    plugin: str | None
+    experts: tuple[int, ...]
+    request: KernelRequest
+
+
+def wanted_groups(layer: LayerSpec, scheme: Scheme, registry: Registry, device: Device) -> list[WantedGroup]:
+    """Return one layer's experts by spec and plugin."""
+    by_spec: dict[tuple[str | None, WeightSpec | None, WeightSpec | None], list[int]] = {}
+    for expert in range(layer.num_experts):
+        by_spec.setdefault(_specs_of(layer, scheme, expert), []).append(expert)
+    return [
+        WantedGroup(plugin, tuple(experts), _request(layer, scheme, registry, device, gate_up, down))
+        for (plugin, gate_up, down), experts in by_spec.items()
+    ]
+
+
+def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device | None) -> None:
+    """Check a scheme against what its plugins declare, and import them.
+
+    The device must be one that they serve; None: whatever they serve.
+    """
     where = str(scheme.source) if scheme.source is not None else f"scheme '{scheme.name}'"
     plugins = [registry.require(name, where) for name in sorted(scheme.plugins())]
     if problems := check_scheme(scheme, registry.manifests()):
         raise SchemeError("\n".join(str(problem) for problem in problems))
     for plugin in plugins:
-        _check_needs(plugin, device_of(device), where)
+        if device is not None and (reason := reason_against_device(plugin, device_of(device))):
+            raise SchemeError(f"{where}: {reason}")
         registry.activate(plugin.name, where)
     of_activations = {spec.format for spec in (scheme.input_activations, scheme.intermediate) if spec is not None}
     for name, manifest in registry.manifests().items():
@@ -248,7 +332,8 @@ def activate_plugins(scheme: Scheme, registry: Registry, device: torch.device) -
             registry.activate(name, where)
 
 
-def _check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
+def check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
+    """Raise CheckpointError where this torch has no dtype for a tensor."""
     for tensor in kept:
         if not hasattr(torch, TORCH_DTYPES.get(tensor.dtype, "")):
             known = ", ".join(name for name, torch_name in TORCH_DTYPES.items() if hasattr(torch, torch_name))
@@ -257,19 +342,19 @@ def _check_dense_dtypes(kept: Sequence[TensorInfo]) -> None:
             )
 
 
-def _check_needs(plugin: Plugin, device: Device, where: str) -> None:
+def reason_against_device(plugin: Plugin, device: Device) -> str | None:
+    """Return None if the plugin's `needs:` are met by the device, else why not, in one line."""
     needs = None if plugin.manifest is None else plugin.manifest.needs
     if needs is None:
-        return
+        return None
     served = [name for name in ("cuda", "cpu") if getattr(needs, name) is not None]
     if device.type not in served:
-        raise SchemeError(f"{where}: {plugin.label} serves {', '.join(served)}, not {device}; choose another --device")
+        return f"{plugin.label} serves {', '.join(served)}, not {device}; choose another --device"
     least = needs.cuda.minimum if needs.cuda is not None and device.type == "cuda" else None
     if least is not None and (device.compute_capability or (0, 0)) < least:
         found = "{}.{}".format(*device.compute_capability or (0, 0))
-        raise SchemeError(
-            f"{where}: {plugin.label} needs compute capability {least[0]}.{least[1]}; {device} has {found}"
-        )
+        return f"{plugin.label} needs compute capability {least[0]}.{least[1]}; {device} has {found}"
+    return None
 
 
 def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
@@ -285,21 +370,37 @@ def check_overrides(scheme: Scheme, layers: Sequence[LayerSpec]) -> None:
             )
 
 
-def _plan_group(
+def _require_same_numbers(layers: Sequence[LayerPlan], scheme: Scheme, encoding: Encoding) -> None:
+    """Raise SchemeError where a scheme wants other numbers than are stored and does not say `requantize: true`."""
+    for layer in layers:
+        for group in layer.groups:
+            for projection in layer.layer.projections:
+                spec = group.ctx.spec(projection)
+                if encoding.matches(spec) or scheme.requantize:
+                    continue
+                wanted = "unquantized weights" if spec is None else spec.describe()
+                stored = encoding.spec.model_dump(mode="json", exclude_defaults=True)
+                raise SchemeError(
+                    f"{scheme.where(('weights',))}: the checkpoint is already quantized ({encoding.label}), and the "
+                    f"scheme asks for {wanted} in layer {layer.layer.index}, {projection}. To keep what is stored, ask "
+                    f"for it: weights: {stored}. To dequantize it and quantize again, which adds one error to another, "
+                    "write requantize: true"
+                )
+
+
+def _request(
     layer: LayerSpec,
     scheme: Scheme,
     registry: Registry,
-    device: torch.device,
-    plugin: str | None,
+    device: Device,
     gate_up: WeightSpec | None,
     down: WeightSpec | None,
-    experts: tuple[int, ...],
-) -> GroupPlan:
+) -> KernelRequest:
     inputs = None if gate_up is None else scheme.input_activations
     between = None if down is None else scheme.intermediate
     request = KernelRequest(
         layer=layer,
-        device=device_of(device),
+        device=device,
         gate_up=gate_up,
         down=down,
         gate_up_format=_format(gate_up, layer, registry),
@@ -309,14 +410,12 @@ def _plan_group(
         activation_format=None if inputs is None else registry.format(inputs.format),
         intermediate_format=None if between is None else registry.format(between.format),
     )
-    for projection in PROJECTIONS:
+    for projection in layer.projections:
         spec = down if projection == "down" else gate_up
         fmt = request.down_format if projection == "down" else request.gate_up_format
         if spec is not None:
             _check_fit(scheme, layer, projection, spec, fmt)
-    selection = select_kernel(request, registry.kernels(plugin))
-    ctx = StageContext(plugin, request, experts, selection.kernel, _options_of(plugin, scheme, registry))
-    return GroupPlan(ctx, selection.against)
+    return request
 
 
 def _options_of(plugin: str | None, scheme: Scheme, registry: Registry) -> dict[str, Any]:
@@ -355,6 +454,11 @@ def dtype_of(layer: LayerSpec) -> torch.dtype:
     """Return the torch dtype of a layer's weights in the checkpoint."""
     dtype: torch.dtype = getattr(torch, layer.dtype)
     return dtype
+
+
+def bytes_of_biases(layer: LayerSpec) -> int:
+    """Return the bytes of one expert's biases; they stay as the checkpoint has them."""
+    return (layer.w13_rows + layer.hidden_size) * dtype_of(layer).itemsize if layer.bias else 0
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """Every word of 16 bits through a format's Triton decode function, on a GPU or under the interpreter."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import torch

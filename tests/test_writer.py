@@ -1,0 +1,441 @@
+"""What an export leaves behind when it is interrupted: the new one whole, or something to resume, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moeplug import InputOutputError, UsageError, api
+from moeplug.checkpoint.family import find_family
+from moeplug.checkpoint.reader import Checkpoint
+from moeplug.checkpoint.writer import FileLayer, OutputShard, OutputTensor, Staging, in_shards
+from moeplug.exporting import export
+from moeplug.pipeline.plan import activate_plugins, plan_model
+from moeplug.registry import Registry
+
+SHARD_BYTES = 50_000  # several shards of a tiny model
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def planned(source, scheme):
+    registry = Registry.discover()
+    resolved = api.resolve_scheme(scheme, registry)
+    activate_plugins(resolved, registry, CPU)
+    checkpoint = Checkpoint.open(source)
+    return plan_model(checkpoint, find_family(checkpoint.config), resolved, registry, CPU, with_dense=True), registry
+
+
+class Unsynced(FileLayer):
+    """Waits for no disk: what a dead process wrote is there, synced or not, and hundreds of syncs take a minute."""
+
+    def fsync(self, descriptor):
+        pass
+
+
+def exported(source, target, form="moeplug", scheme="int8", **changes):
+    return export(
+        *planned(source, scheme), target, form, **{"shard_bytes": SHARD_BYTES, "files": Unsynced(), **changes}
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def left_by(folder):
+    """Return the hidden folders that unfinished exports left, each with its finished files."""
+    left = [path for path in folder.iterdir() if path.name.startswith(".")]
+    for path in left:
+        finished = json.loads((path / "moeplug.json").read_text())["files"]
+        assert {p.name for p in path.iterdir()} == {"moeplug.json", *finished}
+    return left
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint):
+    return tiny_checkpoint("mixtral")
+
+
+@pytest.fixture(scope="module")
+def reference(source, tmp_path_factory):
+    """The bytes of an export that nothing disturbed, by form."""
+    folder = tmp_path_factory.mktemp("reference")
+    forms = ("moeplug", "compressed-tensors")
+    return {form: contents(exported(source, folder / form, form).folder) for form in forms}
+
+
+class Faulty(Unsynced):
+    """Lets the k-th write, fsync or rename fail, once."""
+
+    def __init__(self, k, fault):
+        self.calls, self.k, self.fault = 0, k, fault
+
+    def _is_kth(self):
+        self.calls += 1
+        if self.calls == self.k and isinstance(self.fault, int):
+            raise OSError(self.fault, os.strerror(self.fault))
+        return self.calls == self.k
+
+    def write(self, descriptor, data, offset):
+        return super().write(descriptor, data[: max(1, data.nbytes // 2)] if self._is_kth() else data, offset)
+
+    def fsync(self, descriptor):
+        self._is_kth()
+
+    def rename(self, source, target):
+        self._is_kth()
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize(
+    ("form", "step", "fault"),
+    [("moeplug", 1, errno.ENOSPC), ("moeplug", 3, errno.EIO), ("compressed-tensors", 13, errno.EIO)],
+    ids=["moeplug-no_space", "moeplug-io_error", "compressed_tensors-io_error"],
+)
+def test_whichever_call_fails_the_export_is_whole_or_resumes(source, reference, tmp_path, form, step, fault):
+    outcomes, k = [], 1
+    while True:
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        files = Faulty(k, fault)
+        with contextlib.suppress(InputOutputError):
+            exported(source, folder / "export", form, files=files)
+        if not (folder / "export").exists():
+            finished = [len(json.loads((path / "moeplug.json").read_text())["files"]) for path in left_by(folder)]
+            again = exported(source, folder / "export", form, resume=True)
+            assert again.continued == sum(finished)
+            outcomes.append(again.continued)
+        assert contents(folder / "export") == reference[form]
+        assert [path.name for path in folder.iterdir()] == ["export"]
+        if files.calls < k:
+            break
+        k += step
+    assert k > 40
+    assert 0 in outcomes
+    assert max(outcomes) >= len(reference[form]) - 2  # all, or all but config.json, beside moeplug.json
+
+
+@pytest.mark.parametrize("fault", [errno.EINTR, "short write"], ids=str)
+def test_an_interrupted_or_short_write_is_done_again(source, reference, tmp_path, fault):
+    k = 1
+    while True:
+        files = Faulty(k, fault)
+        exported(source, tmp_path / str(k), files=files)
+        assert contents(tmp_path / str(k)) == reference["moeplug"]
+        if files.calls < k:
+            break
+        k += 3
+    assert k > 40
+
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+import torch
+from test_writer import contents, exported, left_by
+torch.set_num_threads(1)
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+reference = contents(exported(source, folder / "reference").folder)
+random.seed(0)
+
+def forked():
+    child = os.fork()
+    if child == 0:
+        exported(source, folder / "export")
+        os._exit(0)
+    return child
+
+def cleaned():
+    for path in (folder / "export").iterdir():
+        path.unlink()
+    (folder / "export").rmdir()
+
+started = time.perf_counter()
+assert os.waitpid(forked(), 0)[1] == 0
+took = time.perf_counter() - started
+cleaned()
+outcomes = {"new": 0, "resumed": 0, "nothing": 0}
+for _ in range(30):
+    child = forked()
+    time.sleep(random.random() * took)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    if (folder / "export").exists():
+        outcomes["new"] += 1
+    else:
+        outcomes["resumed" if exported(source, folder / "export", resume=True).continued else "nothing"] += 1
+    assert contents(folder / "export") == reference
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    cleaned()
+print(outcomes)
+assert outcomes["resumed"], outcomes
+"""
+
+
+def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+class InterruptedAt:
+    """Progress that is interrupted at its k-th call."""
+
+    def __init__(self, k):
+        self.left = k
+
+    def __call__(self, done, total):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_only_what_can_be_resumed(source, reference, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        exported(source, tmp_path / "export", "compressed-tensors", progress=InterruptedAt(2))
+    assert list(tmp_path.iterdir()) == []
+    for k in (12, 30):
+        with pytest.raises(KeyboardInterrupt):
+            exported(source, tmp_path / "export", "compressed-tensors", progress=InterruptedAt(k), resume=True)
+        assert len(left_by(tmp_path)) == 1
+    assert exported(source, tmp_path / "export", "compressed-tensors", resume=True).continued > 1
+    assert contents(tmp_path / "export") == reference["compressed-tensors"]
+
+
+@pytest.fixture
+def unfinished(source, tmp_path):
+    """A folder beside which an export was interrupted."""
+    with pytest.raises(KeyboardInterrupt):
+        exported(source, tmp_path / "export", progress=InterruptedAt(20))
+    (left,) = left_by(tmp_path)
+    return left
+
+
+def test_what_is_left_is_not_begun_anew_without_being_asked(source, unfinished, tmp_path):
+    before = contents(unfinished)
+    with pytest.raises(UsageError, match="an unfinished export of it is there, with . finished files; continue it"):
+        exported(source, tmp_path / "export")
+    assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"scheme": "int8-g32"}, "scheme"), ({"form": "compressed-tensors"}, "format")]
+)
+def test_only_an_export_of_the_same_is_continued(source, unfinished, tmp_path, change, named):
+    before = contents(unfinished)
+    with pytest.raises(UsageError, match=rf"the unfinished export is another one: .*{named}"):
+        exported(source, tmp_path / "export", resume=True, **change)
+    assert contents(unfinished) == before
+
+
+def test_another_model_is_no_continuation(tiny_checkpoint, unfinished, tmp_path):
+    with pytest.raises(UsageError, match=r"another one: .*source differ"):
+        exported(tiny_checkpoint("olmoe"), tmp_path / "export", resume=True)
+
+
+def test_a_finished_file_that_was_damaged_is_written_again(source, reference, unfinished, tmp_path):
+    damaged = helpers.shard_files(unfinished)[0]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (unfinished / "moeplug.json.partial").write_text("{")
+    finished = len(json.loads((unfinished / "moeplug.json").read_text())["files"])
+    assert exported(source, tmp_path / "export", resume=True).continued == finished - 1
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_files_and_folders_are_synced_before_they_are_named(source, tmp_path):
+    class Watched(FileLayer):
+        done = []  # noqa: RUF012
+
+        def fsync(self, descriptor):
+            self.done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+            super().fsync(descriptor)
+
+        def rename(self, old, new):
+            self.done.append(("named", new.name))
+            super().rename(old, new)
+
+    exported(source, tmp_path / "export", files=Watched())
+    hidden = next(name for name in Watched.done if str(name).startswith(".export"))
+    shard = Watched.done.index(("named", "config.json"))
+    assert Watched.done[shard - 1 :] == [
+        "config.json.partial", ("named", "config.json"), hidden, "moeplug.json.partial", ("named", "moeplug.json"),
+        hidden, ("named", "export"), tmp_path.name,
+    ]  # fmt: skip
+
+
+def test_resume_with_nothing_to_resume_begins(source, reference, tmp_path):
+    assert exported(source, tmp_path / "export", resume=True).continued == 0
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(source, tmp_path):
+    class Full(Unsynced):
+        def free_bytes(self, folder):
+            return 100_000
+
+    with pytest.raises(InputOutputError, match="bytes are still to be written, and the disk has 100,000 left"):
+        exported(source, tmp_path / "export", files=Full())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(source, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, found in (("file", "special file"), ("full", "exists and is not empty"), ("link", "special file")):
+        with pytest.raises(UsageError, match=found):
+            exported(source, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "full", "link"}
+    assert (tmp_path / "full/precious").read_text() == "x"
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        exported(source, source)
+
+
+def test_an_empty_folder_becomes_the_export(source, reference, tmp_path):
+    (tmp_path / "export").mkdir()
+    exported(source, tmp_path / "export")
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_target_that_appears_meanwhile_is_left_alone_and_the_export_can_be_resumed(source, reference, tmp_path):
+    class Late(Unsynced):
+        def rename(self, old, new):
+            if old.is_dir():
+                (tmp_path / "export").mkdir()
+                (tmp_path / "export/precious").write_text("x")
+            super().rename(old, new)
+
+    with pytest.raises(InputOutputError, match="cannot be written"):
+        exported(source, tmp_path / "export", files=Late())
+    assert contents(tmp_path / "export") == {"precious": b"x"}
+    (tmp_path / "export").rename(tmp_path / "other")
+    assert exported(source, tmp_path / "export", resume=True).continued == len(reference["moeplug"]) - 1
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def refuses(target, message, resume=True):
+    with pytest.raises(UsageError, match=message), Staging.open(target, {}, resume=resume):
+        raise AssertionError
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from moeplug.checkpoint.writer import Staging
+with Staging.open(Path(sys.argv[1]), {}) as staging:
+    staging.add("a", [b"x"])
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_target_that_another_process_writes_is_refused_until_it_is_dead(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "export")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdout.readline() == b"begun\n"
+        for resume in (False, True):
+            refuses(tmp_path / "export", "is being written by another export", resume)
+        child.send_signal(signal.SIGKILL)
+    with Staging.open(tmp_path / "export", {}, resume=True) as staging:
+        assert staging.has("a")
+        staging.publish()
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"a", "moeplug.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_target_that_this_process_writes_is_refused(tmp_path):
+    with Staging.open(tmp_path / "export", {}):
+        refuses(tmp_path / "export", "is being written by another export")
+        with Staging.open(tmp_path / "other", {}):
+            pass
+
+
+def test_of_many_that_begin_at_once_at_most_one_writes(tmp_path):
+    writing, most, refused, barrier = [], [], [], threading.Barrier(8)
+
+    def begin():
+        barrier.wait()
+        try:
+            with Staging.open(tmp_path / "export", {}):
+                writing.append(1)
+                most.append(len(writing))
+                barrier.wait(20)
+                writing.pop()
+        except UsageError:
+            refused.append(1)
+            barrier.wait(20)
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (max(most), len(refused)) == (1, 7)
+
+
+def test_what_another_machine_left_waits_for_a_person(tmp_path):
+    elsewhere = tmp_path / ".export.moeplug-0000abcd-0000abcd-1-1"
+    elsewhere.mkdir()
+    refuses(tmp_path / "export", r"runs on another machine and has ended, rename that folder to \.export\.moeplug-left")
+    elsewhere.rename(tmp_path / ".export.moeplug-left")
+    with Staging.open(tmp_path / "export", {}, resume=True):
+        assert not elsewhere.exists()
+
+
+def test_what_began_before_a_restart_is_dead(tmp_path):
+    with Staging.open(tmp_path / "export", {}) as staging:
+        machine, _, number, started = staging.folder.name.rpartition(".moeplug-")[2].split("-")
+    (tmp_path / f".export.moeplug-{machine}-00000000-{number}-{started}").mkdir()
+    with Staging.open(tmp_path / "export", {}):
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_shards_hold_every_tensor_once_in_order_and_stay_within_their_size():
+    tensors = [(OutputTensor(f"t{i}", "U8", (i % 7 + 1,)), OutputTensor(f"s{i}", "F32", (1,))) for i in range(50)]
+    shards = in_shards(tensors, 40)
+    assert [t.name for shard in shards for t in shard.tensors] == [t.name for pair in tensors for t in pair]
+    assert all(sum(t.nbytes for t in shard.tensors) <= 40 for shard in shards)
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    assert [shard.name for shard in in_shards(tensors, 10**6)] == ["model.safetensors"]
+
+
+def test_a_shard_is_a_file_that_safetensors_reads_whatever_the_dtypes_and_sizes(tmp_path):
+    values = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.randn(5), "c": torch.randn(3, 1).bfloat16(),
+              "d": torch.tensor([7, 8]), "e": torch.zeros(0, 4)}  # fmt: skip
+    names = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+    shard = OutputShard(
+        "x.safetensors", tuple(OutputTensor(n, names[t.dtype], tuple(t.shape)) for n, t in values.items())
+    )
+    with Staging.open(tmp_path / "export", {}) as staging:
+        with staging.shard(shard, dict) as file:
+            for name, tensor in reversed(values.items()):
+                file.write(name, 0, tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        staging.publish()
+    read = load_file(tmp_path / "export/x.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in values.items())
+    assert (tmp_path / "export/x.safetensors").stat().st_size == shard.nbytes
