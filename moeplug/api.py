@@ -202,11 +202,13 @@ def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progres
         checkpoint = Checkpoint.open(source)
         if is_stored(checkpoint.config):
             raise UsageError(f"{source}: is an export in moeplug's own form; load it instead. Nothing was changed")
+    same = checkpoint.config.get("model_type") == before.checkpoint.config.get("model_type")
+    family = before.family if same else find_family(checkpoint.config, loaded.registry.families())
     with_dense = loaded.model is not None
     registry, device = loaded.registry, next(iter(layers.values())).slots.device
     encoding = None if isinstance(checkpoint, MemoryCheckpoint) else encoding_of(checkpoint.config, registry)
     planned = plan_model(
-        checkpoint, before.family, before.scheme, registry, device, with_dense=with_dense, encoding=encoding
+        checkpoint, family, before.scheme, registry, device, with_dense=with_dense, encoding=encoding
     )
     _require_same_layers(planned, layers)
     # Groups as they are now: a module that was moved has other kernels and layouts than its load planned.

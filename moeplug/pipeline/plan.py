@@ -173,9 +173,8 @@ class Plan:
     def _scratch_bytes(self) -> int:
         """Return what one thread needs for arithmetic: four copies of a chunk in float32, or of a smaller weight."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        nbytes = (
-            min(4 * 4 * chunk, 16 * self.read_buffer_bytes) + self._span_bytes
-        )  # small weights are put side by side
+        nbytes = min(4 * 4 * chunk, 16 * self.read_buffer_bytes)
+        nbytes += self._span_bytes  # small weights are put side by side
         if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
             nbytes += 8 * max(layer.layer.hidden_size * layer.layer.intermediate_size for layer in self.layers)
             nbytes += max(layer.bytes_before for layer in self.layers) // 8

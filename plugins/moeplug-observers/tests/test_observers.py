@@ -49,7 +49,8 @@ def test_trace_writes_what_perfetto_opens(tmp_path):
     assert all(tracks[span["tid"]] == span["cat"] and span["dur"] >= 0 for span in spans)
     weights = 5 * 8 * 3  # layers, experts, projections of the demo
     counts = {track: sum(span["cat"] == track for span in spans) for track in tracks.values()}
-    assert counts["quantize"] == counts["load"] == weights
+    for stage in ("load", "quantize"):  # small weights of a projection go through together: "layer 1 up of 0, 1, 2"
+        assert sum(span["name"].count(",") + 1 for span in spans if span["cat"] == stage) == weights
     assert counts["allocate"] == counts["create_scales"] == counts["setup_kernel"] == 5
     assert counts["read"] > 0
     memory = [event["args"]["bytes"] for event in events if event["ph"] == "C"]
