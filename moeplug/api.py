@@ -207,9 +207,7 @@ def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progres
     with_dense = loaded.model is not None
     registry, device = loaded.registry, next(iter(layers.values())).slots.device
     encoding = None if isinstance(checkpoint, MemoryCheckpoint) else encoding_of(checkpoint.config, registry)
-    planned = plan_model(
-        checkpoint, family, before.scheme, registry, device, with_dense=with_dense, encoding=encoding
-    )
+    planned = plan_model(checkpoint, family, before.scheme, registry, device, with_dense=with_dense, encoding=encoding)
     _require_same_layers(planned, layers)
     # Groups as they are now: a module that was moved has other kernels and layouts than its load planned.
     groups = {i: tuple(GroupPlan(g.ctx, ()) for g in module.expert_groups()) for i, module in layers.items()}

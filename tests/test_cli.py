@@ -15,6 +15,7 @@ import helpers
 import pytest
 import torch
 
+import moeplug
 from moeplug import RefusedError, terminal
 from moeplug.api import demo_checkpoint
 from moeplug.cli import cli, main
@@ -126,16 +127,23 @@ def test_eval_prints_perplexity_ratio_and_agreement(run, tmp_path):
     assert result["perplexity_scheme"] > 1
 
 
+def budget_for(experts):
+    """Return a budget that leaves this many bytes for the demo's experts; readers and buffers depend on the cores."""
+    planned = moeplug.plan(scheme="int8", device="cpu", runtime="transformers")
+    return planned.peak_bytes - planned.expert_bytes_after + experts
+
+
 def test_tune_writes_a_scheme_that_loads_within_the_budget(run, tmp_path):
     text, scheme = tmp_path / "text.txt", tmp_path / "my.yaml"
     text.write_text("The module defines the following functions.\n" * 20)
-    options = ("--budget", "17.5MB", "--candidates", "int8,mxfp4,none", "--device", "cpu")
+    budget = budget_for(4_500_000)
+    options = ("--budget", budget, "--candidates", "int8,mxfp4,none", "--device", "cpu")
     code, out, err = run("tune", *options, "--text", text, "--max-tokens", "90", "-o", scheme)
     assert code == 0
     for part in ("mixed", "over budget", "90 tokens, 40 experts", str(scheme)):
         assert part in out
     assert "no MODEL was given: tuning for the demo checkpoint" in err
-    code, out, _ = run("plan", "--scheme", scheme, "--budget", "17.5MB", "--device", "cpu", "--json")
+    code, out, _ = run("plan", "--scheme", scheme, "--budget", budget, "--device", "cpu", "--json")
     assert code == 0
     planned = json.loads(out)
     code, out, _ = run("tune", *options, "--data-free", "-o", scheme, "--json")
@@ -143,12 +151,13 @@ def test_tune_writes_a_scheme_that_loads_within_the_budget(run, tmp_path):
     assert (result["data_free"], result["experts"]) == (True, 40)
     assert sum(result["chosen"].values()) == 40
     for found in (planned["expert_bytes_after"], result["expert_bytes"]):
-        assert 4_000_000 < found <= 17_500_000 - planned["dense_bytes"] - planned["transient_bytes"]
+        assert 4_000_000 < found <= budget - planned["dense_bytes"] - planned["transient_bytes"]
 
 
 def test_tune_runs_a_model_under_a_scheme_too(run, tmp_path):
     options = ("--candidates", "int8,int8-g32", "--per", "layer", "--max-tokens", "64", "--device", "cpu")
-    code, out, err = run("tune", "--budget", "17MB", *options, "--run-as", "int8", "-o", tmp_path / "my.yaml", "--json")
+    options = ("--budget", budget_for(4_250_000), *options, "--run-as", "int8")
+    code, out, err = run("tune", *options, "-o", tmp_path / "my.yaml", "--json")
     assert code == 0
     assert "loading, int8" in err
     layers = json.loads(out)["layers"]
@@ -157,7 +166,7 @@ def test_tune_runs_a_model_under_a_scheme_too(run, tmp_path):
 
 def test_tune_may_store_gate_up_and_down_of_an_expert_differently(run, tmp_path):
     options = ("--candidates", "mxfp4,mxfp8", "--per", "projection", "--device", "cpu", "--data-free")
-    code, out, _ = run("tune", "--budget", "15MB", *options, "-o", tmp_path / "my.yaml")
+    code, out, _ = run("tune", "--budget", budget_for(3_000_000), *options, "-o", tmp_path / "my.yaml")
     assert code == 0
     assert re.search(r"^(mxfp4 \+ mxfp8|mxfp8 \+ mxfp4) +[0-9]+", out, re.MULTILINE)
     assert "projections: [" in (tmp_path / "my.yaml").read_text()
@@ -167,7 +176,7 @@ def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path)
     scheme = tmp_path / "my.yaml"
     code, _, err = run("tune", "--budget", "3MB", "--candidates", "int8,none", "--data-free", "-o", scheme)
     assert code == 6
-    assert "no choice fits --budget 3.00 MB: the smallest budget that one fits is 16" in err
+    assert "no choice fits --budget 3.00 MB: the smallest budget that one fits is " in err
     assert not scheme.exists()
     smallest = re.search("one fits is ([0-9]+) bytes", err)[1]
     code, _, _ = run("tune", "--budget", smallest, "--candidates", "int8,none", "--data-free", "-o", scheme)
