@@ -23,7 +23,7 @@ from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.checkpoint.writer import FileLayer, OutputShard, OutputTensor, Staging, in_shards
 from moeplug.exporting import export
-from moeplug.pipeline.plan import activate_plugins, plan_model
+from moeplug.pipeline.plan import SPAN_BYTES, activate_plugins, plan_model
 from moeplug.registry import Registry
 
 SHARD_BYTES = 50_000  # several shards of a tiny model
@@ -198,6 +198,12 @@ def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source, tmp_p
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+@pytest.fixture
+def small_reads(monkeypatch):
+    """Progress is called after each read: the source is small enough for a handful."""
+    monkeypatch.setitem(SPAN_BYTES, "cpu", 1)
+
+
 class InterruptedAt:
     """Progress that is interrupted at its k-th call."""
 
@@ -210,11 +216,11 @@ class InterruptedAt:
             raise KeyboardInterrupt
 
 
-def test_an_interrupt_leaves_only_what_can_be_resumed(source, reference, tmp_path):
+def test_an_interrupt_leaves_only_what_can_be_resumed(small_reads, source, reference, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         exported(source, tmp_path / "export", "compressed-tensors", progress=InterruptedAt(2))
     assert list(tmp_path.iterdir()) == []
-    for k in (12, 30):
+    for k in (7, 12):
         with pytest.raises(KeyboardInterrupt):
             exported(source, tmp_path / "export", "compressed-tensors", progress=InterruptedAt(k), resume=True)
         assert len(left_by(tmp_path)) == 1
@@ -223,7 +229,7 @@ def test_an_interrupt_leaves_only_what_can_be_resumed(source, reference, tmp_pat
 
 
 @pytest.fixture
-def unfinished(source, tmp_path):
+def unfinished(small_reads, source, tmp_path):
     """A folder beside which an export was interrupted."""
     with pytest.raises(KeyboardInterrupt):
         exported(source, tmp_path / "export", progress=InterruptedAt(20))
