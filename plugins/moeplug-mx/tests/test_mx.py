@@ -169,7 +169,9 @@ def test_gpus_without_fp8_serve_16_bit_activations_and_refuse_8_bit_ones(name, m
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_size_that_32_does_not_divide_is_refused_with_what_does(name, K, hint):
     w13, w2 = random_weight(128, K)[None], random_weight(K, 64)[None]
-    with pytest.raises(SchemeError, match=f"K={K} is not a multiple of group_size=32; {hint} pad: true, or strategy: channel"):
+    with pytest.raises(
+        SchemeError, match=f"K={K} is not a multiple of group_size=32; {hint} pad: true, or strategy: channel"
+    ):
         moeplug.quantize_experts(w13, w2, name)
     text = HEAD.format(name).replace("strategy: group, group_size: 32", "strategy: channel")
     assert moeplug.quantize_experts(w13, w2, Scheme.from_text(text)).groups[0].w2_scale.shape == (1, K, 1)

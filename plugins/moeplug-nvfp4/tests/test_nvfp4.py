@@ -137,7 +137,9 @@ def test_gate_and_up_have_a_global_scale_each():
 @pytest.mark.parametrize("K", [40, 72])
 def test_a_size_that_16_does_not_divide_is_refused_and_a_scale_per_row_serves_it(K):
     w13, w2 = random_weight(128, K)[None], random_weight(K, 64)[None]
-    with pytest.raises(SchemeError, match=f"K={K} is not a multiple of group_size=16; use pad: true, or strategy: channel"):
+    with pytest.raises(
+        SchemeError, match=f"K={K} is not a multiple of group_size=16; use pad: true, or strategy: channel"
+    ):
         moeplug.quantize_experts(w13, w2, "nvfp4")
     text = "api: 1\nname: t\nplugin: nvfp4\nweights: {format: nvfp4, strategy: channel, scale_dtype: float8_e4m3fn}\n"
     assert moeplug.quantize_experts(w13, w2, Scheme.from_text(text)).groups[0].w2_scale.shape == (1, K, 1)
