@@ -317,7 +317,7 @@ def problem_of(layer: Layer, out: Tensor, hidden: Tensor, topk_weights: Tensor, 
     Allowed is a unit of the last place of hidden's dtype: half for the result, half for an intermediate that float32
     rounding moved across a boundary; in float32, where nothing is rounded, 64 units, for sums in another order. Where
     activations are quantized, now and then one value comes to lie a step of its format off, and its token with it: then
-    twice that for half of the tokens, and 2**-5 for each. Sums of 8-bit floats on a GPU are good to 2**-10 (H100: 3e-4).
+    twice that for half of the tokens, and 2**-5 for each. GPUs sum 8-bit floats to 2**-10 (H100: 3e-4).
     """
     if not out.numel():
         return None
