@@ -321,7 +321,7 @@ def gpu_layout(monkeypatch):
 
 
 ON_BOTH = {name: SPECS[name] for name in SPECS if name not in ("fp8-block",)} | {
-    "blocks": blocks("int4", 24, 50),
+    "blocks": blocks("fp8", 24, 50),
     "padded": grouped("int8", 96, symmetric=False).model_copy(update={"pad": True}),
 }
 
