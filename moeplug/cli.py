@@ -154,12 +154,19 @@ def model_options(command: Command) -> Command:
     "--report", type=click.Path(path_type=Path), help="Where to write the report. Default: your state folder."
 )
 @click.option("--observe", multiple=True, metavar="NAME", help="Let an observer plugin watch the stages.")
-@click.option("--timings", is_flag=True, help="Show where the time went, and what bounded it.")
+@click.option("--timings", is_flag=True, help="Say where the time went, and what bounded it.")
 @click.option("--exact-error", is_flag=True, help="Measure errors over all rows; else a sample of large weights.")
+@click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write a Chrome trace, for ui.perfetto.dev: --observe trace with MOEPLUG_TRACE=FILE.",
+)
 def load(
     model: Path | None, scheme: str | None, device: str | None, budget: int | None, dummy: bool, runtime: str | None,
     family: str | None, as_json: bool, disable: tuple[str, ...], prompt: str | None, max_new_tokens: int,
     text: Path | None, report: Path | None, observe: tuple[str, ...], timings: bool, exact_error: bool,
+    trace: Path | None,
 ) -> None:  # fmt: skip
     """Load MODEL, quantizing its experts while reading, and say what was done.
 
@@ -181,7 +188,10 @@ def load(
     plan = api.plan(
         model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
     )
-    for name in observe:
+    if trace is not None:
+        terminal.check_writable(trace)
+        os.environ["MOEPLUG_TRACE"] = str(trace)
+    for name in (*observe, *["trace"] * (trace is not None)):
         registry.observe(name)
     inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
     if report is not None:

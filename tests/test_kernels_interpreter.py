@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from interpreter_cases import DECODES, QUICK, SLOW
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(900)  # the first test waits for one process that runs all cases
 
 
 def run(names: list[str]) -> dict[str, dict]:

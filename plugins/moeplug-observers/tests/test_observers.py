@@ -81,3 +81,12 @@ def test_both_observers_may_watch_one_load(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "all layers" in done.stderr
     assert (tmp_path / "moeplug-trace.json").exists()
+
+
+def test_a_trace_has_a_short_option(tmp_path):
+    done = load(tmp_path, "--trace", "short.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "short.json").read_text())["traceEvents"]
+    done = load(tmp_path, "--trace", "short.json/below/a/file")
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
