@@ -77,6 +77,15 @@ class NumberFormat(ABC):
         """
         return None
 
+    def triton_encode(self) -> Any:
+        """Return the `@triton.jit` function that encodes a tile, or None: a GPU then uses `encode`, launch by launch.
+
+        Signature: encode(values) -> tile of codes. values is a tile of float32 as `encode` gets them; the codes are
+        what it stores of each, uint8 or int8, nibbles in the low four bits, bit for bit the same.
+        `moeplug.kernels` has encode_int8, encode_int4 and encode_e4m3.
+        """
+        return None
+
     def __repr__(self) -> str:
         return f"<format {self.name}>"
 
@@ -132,6 +141,11 @@ class E4m3(NumberFormat):
 
     def decode(self, stored: Tensor, out: Tensor) -> None:
         out.copy_(stored.view(torch.float8_e4m3fn))
+
+    def triton_encode(self) -> Any:
+        from moeplug.kernels import encode_e4m3
+
+        return encode_e4m3
 
     def triton_decode(self) -> Any:
         from moeplug.kernels import decode_e4m3

@@ -140,6 +140,12 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
     """
     check_spec(spec, fmt, *weight.shape[1:])
     scales = _empty_scales(weight, spec, fmt)
+    if weight.device.type == "cuda":
+        from moeplug.kernels import weights
+
+        if weights.serves_quantize(spec, fmt, out):
+            weights.quantize(weight, spec, fmt, out, words, scales)
+            return scales
     _write_scales(weight, spec, fmt, scales)
     divisors, (low, high) = scales.values(weight.shape[1]), range_of(spec, fmt)
     G = spec.columns(weight.shape[2])
@@ -256,6 +262,11 @@ def squared_error(
 
     step: look at rows 0, step, 2 * step, … alone.
     """
+    if weight.device.type == "cuda":
+        from moeplug.kernels import weights
+
+        if weights.serves_squared_error(weight, stored, scales, fmt):
+            return weights.squared_error(weight, stored, scales, fmt, words, step)
     scales = scales.every(step, weight.shape[1])
     weight, stored = weight[:, ::step], stored[:, ::step]
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)
@@ -303,6 +314,10 @@ def peak_of(values: Tensor) -> Tensor:
 
 def largest_magnitude(weight: Tensor) -> Tensor:
     """Return (B,) float32, the largest |weight| of each of B weights (B, N, K); not finite where one is not."""
+    if weight.device.type == "cuda":
+        from moeplug.kernels import weights
+
+        return weights.largest_magnitude(weight)
     peaks = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
     for b, rows in row_chunks(weight):
         peaks[b] = torch.maximum(peaks[b], absolute_maximum(weight[b, rows].flatten(1), -1))

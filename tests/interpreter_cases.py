@@ -7,6 +7,7 @@ starts it once, with the names to run.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from formats import FORMATS, SPECS, blocks, grouped
 from kernel_cases import ALL_CASES, CASES, TOKEN, Case, request_of, run_case
 
+from moeplug import quantization
+from moeplug.kernels import weights
 from moeplug.kernels.fused_moe import TritonExperts, TritonKernel
 from moeplug.kernels.operands import operand
 from moeplug.kernels.schedule import Blocks, Schedule
@@ -137,15 +140,58 @@ def _decodes(name: str) -> bool:
     return all(same)
 
 
+ENCODES: Final = [f"encode-{name}" for name, spec in SPECS.items() if FORMATS[spec.format].triton_encode()]
+
+
+def _encodes(name: str) -> bool:
+    """Return whether weights are quantized, and their errors taken, with the bytes and numbers of the core's torch."""
+    spec = SPECS[name]
+    fmt, K = FORMATS[spec.format], max(192, 2 * spec.columns(1 << 14) if spec.group_size else 0)
+    for N, words, dtype, transposed in ((130, False, torch.float16, False), (7, True, torch.float32, True)):
+        weight = torch.randn(2, N, K) * 0.02
+        weight[0, 0], weight[0, 1, 0], weight[1, -1] = 0.0, 3.0, weight[1, -1] * 1e-4
+        weight[1, 1, :64] = torch.linspace(-0.127, 0.127, 64)
+        weight = weight.to(dtype)
+        weight = weight.mT.contiguous().mT if transposed else weight
+        poisoned = torch.full((2, 2 * N, K // fmt.values_per_element), 0x55, dtype=fmt.storage_dtype)
+        expected, found = poisoned.clone()[:, ::2], poisoned[:, ::2]  # every second row, as gate's among up's
+        scales, of_kernel = quantization.quantize(weight, spec, fmt, expected, words), None
+        if not weights.serves_quantize(spec, fmt, found):
+            assert not spec.symmetric or spec.scale_dtype == quantization.E4M3, "no other spec is left to torch"
+            continue
+        of_kernel = replace(
+            scales, scale=torch.full_like(scales.scale.view(torch.uint8), 0x7F).view(scales.scale.dtype)
+        )
+        weights.quantize(weight, spec, fmt, found, words, of_kernel)
+        same = [torch.equal(expected, found), torch.equal(scales.scale, of_kernel.scale)]
+        same.append(torch.equal(quantization.largest_magnitude(weight), weights.largest_magnitude(weight)))
+        assert weights.serves_squared_error(weight, expected, scales, fmt)
+        for step in (1, 3):
+            given = weight, expected, scales, fmt, words, step
+            errors = quantization.squared_error(*given), weights.squared_error(*given)
+            same.append(torch.allclose(*errors, rtol=1e-5))
+        if not all(same):
+            return False
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight[1, 3, 5] = bad
+        peaks = weights.largest_magnitude(weight)
+        if math.isfinite(peaks[1]) or not math.isfinite(peaks[0]):
+            return False
+    return True
+
+
 def main(names: list[str]) -> None:
     """Run the named cases (none: all), each in its own try, and print the results as one JSON object."""
     round_conversions()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN: nothing unwritten is read
     results = {}
-    for name in names or [*SERVED, *DECODES]:
+    for name in names or [*SERVED, *DECODES, *ENCODES]:
         if name in DECODES:
             results[name] = {"ok": _decodes(name.removeprefix("decode-"))}
+            continue
+        if name in ENCODES:
+            results[name] = {"ok": _encodes(name.removeprefix("encode-"))}
             continue
         case, schedule = FORCED.get(name) or (ALL_CASES[name], None)
         try:

@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from formats import FORMATS, SPECS  # noqa: E402
 from kernel_cases import KINDS, Case, request_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from moeplug.hookspecs import StageContext  # noqa: E402
-from moeplug.kernels import _fused_moe, fused_moe  # noqa: E402
+from moeplug.kernels import _fused_moe, fused_moe, weights  # noqa: E402
 from moeplug.kernels.fused_moe import TritonExperts, TritonKernel  # noqa: E402
 from moeplug.kernels.launch import Workspace  # noqa: E402
 from moeplug.kernels.operands import operand  # noqa: E402
@@ -27,6 +28,7 @@ from moeplug.kernels.schedule import Blocks, Schedule, shared_memory_limit  # no
 from moeplug.kernels.select import Device  # noqa: E402
 from moeplug.pipeline.allocate import buffer_shapes  # noqa: E402
 from moeplug.pipeline.create_scales import ScaleStore  # noqa: E402
+from moeplug.quantization import scale_dtype, scale_shape  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(_fused_moe.INTERPRETED.value), reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -127,6 +129,32 @@ def run(compiled: Any, kind: str, M: int, capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("kind", "M"), [("int8", 8192), ("int4-g32-asym", 1), ("int8-w8a8", 512)])
 def test_the_kernels_compile_within_shared_memory(compiled, kind, M, capability):
     run(compiled, kind, M, capability)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-tensor", "fp8-block", "int4-g128", "mxfp8"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_what_quantizes_weights_compiles(monkeypatch, tmp_path, generation, name):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", OtherGpu(GENERATIONS[generation]))
+    spec = SPECS[name]
+    fmt, (B, N, K), meta = FORMATS[spec.format], (1, 768, 2048), torch.device("meta")
+    weight = torch.empty(B, N, K, dtype=torch.bfloat16, device=meta)
+    stored = torch.empty(B, N, K // fmt.values_per_element, dtype=fmt.storage_dtype, device=meta)
+    scale = torch.empty(B, *scale_shape(spec, N, K), dtype=scale_dtype(spec), device=meta)
+    sums, peaks = torch.empty(B, N, 2, dtype=torch.float64, device=meta), torch.empty(B, dtype=torch.int32, device=meta)
+    block = spec.block_structure or (1, K // scale.shape[2])
+    launched = [
+        (weights._largest_magnitude, (weight.shape,), (weight, peaks)),
+        (weights._quantize, (weight.shape, scale.shape, spec, fmt, True), (weight, stored, scale, peaks)),
+        (weights._squared_error, (weight.shape, scale.shape, block, fmt, True, 16), (weight, stored, scale, sums)),
+    ]
+    for make, given, tensors in launched:
+        kinds = tuple((tensor.dtype, tensor.stride(), 0) for tensor in tensors)
+        launch = make(*given, meta, kinds)
+        launch._kernel.device_caches.clear()
+        kernel = launch._kernel.warmup(*launch.filled(tensors), grid=launch._grid, **launch._options)
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= shared_memory_limit(Device("cuda", 0, GENERATIONS[generation]))
 
 
 # Schedules whose products read decoded weights from registers: the first gave errors of 0.2 on an H100 without DRAIN.

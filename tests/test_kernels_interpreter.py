@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from interpreter_cases import DECODES, QUICK, SLOW
+from interpreter_cases import DECODES, ENCODES, QUICK, SLOW
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)  # the first test waits for one process that runs all cases
@@ -32,7 +32,7 @@ def run(names: list[str]) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     """What every quick case gave."""
-    return run([*DECODES, *QUICK])
+    return run([*DECODES, *ENCODES, *QUICK])
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,11 @@ def slow_results() -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", DECODES)
 def test_every_word_decodes_to_what_the_format_says(results, name):
+    assert results[name]["ok"], results[name].get("error")
+
+
+@pytest.mark.parametrize("name", ENCODES)
+def test_weights_are_quantized_to_the_bytes_of_the_reference(results, name):
     assert results[name]["ok"], results[name].get("error")
 
 

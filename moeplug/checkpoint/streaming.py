@@ -181,7 +181,9 @@ class Ring:
         self._spans = spans
         self._source = source
         self._told = told
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._can_read = threading.Condition(self._lock)  # readers wait for a buffer, one is woken for each part
+        self._can_take = threading.Condition(self._lock)
         self._free = deque(buffers)
         self._buffers: dict[int, memoryview] = {}  # of spans that are being read, or read and not taken
         self._unread: dict[int, int] = {}  # span → bytes that have not arrived
@@ -202,7 +204,7 @@ class Ring:
         The buffer is the caller's until `release`.
         Raises what a reading thread raised. The last span is given when every file has passed its last check.
         """
-        with self._changed:
+        with self._lock:
             while True:
                 if self._error is not None:
                     raise self._error
@@ -212,22 +214,22 @@ class Ring:
                 last = index == len(self._spans) - 1
                 if self._unread.get(index) == 0 and not (last and self._running):
                     break
-                self._changed.wait()
+                self._can_take.wait()
             self._next_taken += 1
             del self._unread[index]
             return self._spans[index], self._buffers.pop(index)
 
     def release(self, buffer: memoryview) -> None:
         """Give a buffer back, to be read into."""
-        with self._changed:
+        with self._lock:
             self._free.append(buffer)
-            self._changed.notify_all()
+            self._can_read.notify()
 
     def stop(self) -> None:
         """Stop reading; `take` returns None from now on."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            self._wake_all()
 
     def close(self) -> None:
         """Stop reading, wait for the threads, and close every file."""
@@ -252,33 +254,39 @@ class Ring:
             self._error = self._error or error
         finally:
             source.close()
-            with self._changed:
+            with self._lock:
                 self.read_seconds += seconds
                 self._running -= 1
-                self._changed.notify_all()
+                self._wake_all()
 
     def _part(self) -> tuple[int, int, memoryview] | None:
         """Return the next part to read, (span, first byte, where to), once there is a buffer; None at the end."""
-        with self._changed:
+        with self._lock:
             while True:
                 index, start = self._next_part
                 if self._stopped or self._error is not None or index == len(self._spans):
                     return None
                 if start or self._free:
                     break
-                self._changed.wait()
+                self._can_read.wait()
             nbytes = self._spans[index].nbytes
             if start == 0:
                 self._buffers[index], self._unread[index] = self._free.popleft(), nbytes
             stop = min(start + READ_BYTES, nbytes)
             self._next_part = (index, stop) if stop < nbytes else (index + 1, 0)
+            if stop < nbytes or self._free:
+                self._can_read.notify()
             return index, start, self._buffers[index][start:stop]
 
     def _arrived(self, index: int, nbytes: int) -> None:
-        with self._changed:
+        with self._lock:
             self._unread[index] -= nbytes
             if self._unread[index] == 0:
-                self._changed.notify_all()
+                self._can_take.notify_all()
+
+    def _wake_all(self) -> None:
+        self._can_read.notify_all()
+        self._can_take.notify_all()
 
 
 def in_turn(ring: Ring) -> Stream:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from moeplug.kernels.select import Device, ExpertsForward, Kernel, KernelRequest, Selection, select_kernel
 
 # Functions that a format's triton_decode returns: int8, int4 (-8 to 7), e4m3, e2m1.
 DECODERS = ("decode_int8", "decode_int4", "decode_e4m3", "decode_e2m1")
+ENCODERS = ("encode_int8", "encode_int4", "encode_e4m3")  # its triton_encode
 
 __all__ = [
     "Device",
@@ -17,6 +19,7 @@ __all__ = [
     "Selection",
     "core_kernels",
     *DECODERS,
+    *ENCODERS,
     "select_kernel",
 ]
 
@@ -30,8 +33,6 @@ def core_kernels() -> tuple[Kernel, ...]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in DECODERS:  # triton is imported only where a decode function is wanted
-        from moeplug.kernels import decode
-
-        return getattr(decode, name)
+    if name in (*DECODERS, *ENCODERS):  # triton is imported only where one of its functions is wanted
+        return getattr(import_module(f"moeplug.kernels.{name[:6]}"), name)
     raise AttributeError(f"module 'moeplug.kernels' has no attribute {name!r}")

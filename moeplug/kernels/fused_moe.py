@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeplug.formats import NumberFormat
-from moeplug.kernels.launch import Launch, Ref, Workspace, hooked
+from moeplug.kernels.launch import Launch, Ref, Workspace, current_device, hooked
 from moeplug.kernels.operands import Operand, check_call, operand, reason_against_numbers
 from moeplug.kernels.select import Device, ExpertsForward, Kernel, KernelRequest
 from moeplug.kernels.tuning import Blocks, Numbers, Schedule, choose_schedule, power_of_two_above
@@ -118,7 +117,7 @@ class TritonExperts:
             if topk_ids.numel() == 0:  # no token, or no expert per token: a grid of 0 is a sticky CUDA error
                 return out.zero_()
             call = self._remember(key, _Call(self, hidden, topk_weights, topk_ids, out))
-        with _current_device(hidden.device):
+        with current_device(hidden.device):
             call(hidden, topk_weights, topk_ids, out)
         return out
 
@@ -570,10 +569,3 @@ def _reason_against_activations(
     if columns % spec.group_size and spec.group_size % columns:
         return f"activations: group_size={spec.group_size} and {columns} of the weights: one must divide the other"
     return None
-
-
-def _current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which triton launches on device; free where it is the current one already."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

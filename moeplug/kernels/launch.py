@@ -7,6 +7,7 @@ afterwards it hands the compiled kernel its arguments, with this call's addresse
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -101,3 +102,10 @@ def hooked() -> bool:
 
     runtime = triton.knobs.runtime
     return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which triton launches on device; free where it is the current one already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -9,7 +9,6 @@ triton is imported at the first launch.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moeplug.errors import UsageError
+from moeplug.kernels.launch import current_device
 from moeplug.moe.router import GroupScore, RouterSpec, Score, check_route, route_reference, scaled_by_expert
 
 # Logits that one program of one warp holds at least: less would leave lanes idle. Chosen, not measured.
@@ -58,7 +58,7 @@ def route_triton(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -
     if M == 0:  # a grid of 0 is a sticky CUDA error
         return weights, ids
     launch = launch_of(E, spec, bias is not None)
-    with _current_device(logits.device):
+    with current_device(logits.device):
         _kernel()[(-(-M // launch["BLOCK_M"]),)](
             logits, logits.stride(0), logits.stride(1), bias, 0 if bias is None else bias.stride(0),
             weights, ids, M, **launch,
@@ -106,13 +106,6 @@ def _kernel() -> Any:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which triton launches on device; free where it is the current one already."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 @torch.library.custom_op(

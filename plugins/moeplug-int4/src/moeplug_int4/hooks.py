@@ -32,6 +32,11 @@ class Int4(Nibbles):
     def decode(self, stored: Tensor, out: Tensor) -> None:
         self.unpack(stored, torch.arange(-8.0, 8.0), out)
 
+    def triton_encode(self) -> Any:
+        from moeplug.kernels import encode_int4
+
+        return encode_int4
+
     def triton_decode(self) -> Any:
         from moeplug.kernels import decode_int4
 

@@ -28,6 +28,11 @@ class Int8(NumberFormat):
     def decode(self, stored: Tensor, out: Tensor) -> None:
         out.copy_(stored)
 
+    def triton_encode(self) -> Any:
+        from moeplug.kernels import encode_int8
+
+        return encode_int8
+
     def triton_decode(self) -> Any:
         from moeplug.kernels import decode_int8
 

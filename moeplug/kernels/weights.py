@@ -1,0 +1,157 @@
+"""Launch what `moeplug.kernels.encode` has for expert weights on a GPU; `moeplug.quantization` asks here first.
+
+A weight of 3 MB takes a GPU microseconds, and Python hundreds with one operation after another: here it is one launch,
+which is remembered with all its arguments but the addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moeplug.formats import NumberFormat
+from moeplug.kernels.encode import largest_magnitude_kernel, quantize_weights_kernel, squared_error_kernel
+from moeplug.kernels.launch import Launch, Ref, current_device, hooked
+from moeplug.spec import WeightSpec
+
+if TYPE_CHECKING:
+    from moeplug.quantization import Scales
+
+TILE = 2048  # weights that a program holds at a time: 16 in each thread's registers
+# Said outright: Triton 3.9 warns where fusion is left out, and a fused product would give other bits than a CPU's.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+Shape = tuple[int, ...]
+Kinds = tuple[tuple[torch.dtype, tuple[int, ...], int], ...]  # of tensors: dtype, strides, address modulo 16
+
+
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """Return (B,) float32, the largest |weight| of each of B weights (B, N, K); not finite where one is not."""
+    peaks = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+    _run(_largest_magnitude, (weight.shape,), weight, peaks)
+    return peaks.view(torch.float32)
+
+
+def serves_quantize(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
+    """Return whether `quantize` can do it."""
+    group = _columns_of_a_scale(spec)
+    in_powers = all(side & (side - 1) == 0 for side in (spec.scale_rows, group)) and spec.scale_rows * group <= 1 << 14
+    simple = spec.symmetric and spec.scale_dtype != "float8_e4m3fn" and in_powers and not 0 < group < 16
+    return simple and out.stride(2) == 1 and fmt.triton_encode() is not None
+
+
+def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scales: Scales) -> None:
+    """Write weight's codes into out and their scales into scales.scale, as `moeplug.quantization.quantize` says."""
+    assert scales.scale is not None
+    peaks = largest_magnitude(weight).view(torch.int32) if spec.strategy == "tensor" else scales.scale  # or not read
+    _run(_quantize, (weight.shape, scales.scale.shape, spec, fmt, words), weight, out, scales.scale, peaks)
+
+
+def serves_squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat) -> bool:
+    """Return whether `squared_error` can do it."""
+    simple = scales.scale is not None and scales.zero_point is None and scales.global_scale is None
+    places = fmt.values_per_word
+    whole_words = places > 0 and weight.shape[2] % places == 0 and stored.stride(2) == 1 and stored.stride(1) % 2 == 0
+    return simple and whole_words and torch.bfloat16 in fmt.exact_in and fmt.triton_decode() is not None
+
+
+def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat, words: bool, step: int) -> Tensor:
+    """Return (B, 2) float64, as `moeplug.quantization.squared_error` says."""
+    assert scales.scale is not None
+    (B, N, K), scale = weight.shape, scales.scale
+    rows, _ = _tile(K // fmt.values_per_word)
+    sums = torch.empty(B, triton.cdiv(triton.cdiv(N, step), rows), 2, dtype=torch.float64, device=weight.device)
+    block = scales.block or (1, K // scale.shape[2])
+    _run(_squared_error, (weight.shape, scale.shape, block, fmt, words, step), weight, stored, scale, sums)
+    return sums.sum(1)
+
+
+def _run(make: Callable[..., Launch], given: tuple[Any, ...], *tensors: Tensor) -> None:
+    """Launch what make(*given, kinds of tensors) returns on tensors."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    kinds = [(t.dtype, t.stride(), address % 16) for t, address in zip(tensors, addresses, strict=True)]
+    device = tensors[0].device
+    launch = make(*given, device, tuple(kinds))
+    with current_device(device):
+        if not launch.direct or hooked():
+            launch.first(tensors)
+        else:
+            launch.again(addresses, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _largest_magnitude(shape: Shape, device: torch.device, kinds: Kinds) -> Launch:
+    B, N, K = shape
+    rows, columns = _tile(K)
+    arguments = _strides("w", kinds[0][1]) | {
+        "w_ptr": Ref(0), "peak_ptr": Ref(1), "N": N, "K": K, "ROWS": rows, "COLUMNS": columns
+    }  # fmt: skip
+    return Launch(largest_magnitude_kernel, (triton.cdiv(N, rows), B), arguments, OPTIONS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantize(
+    shape: Shape, scale_shape: Shape, spec: WeightSpec, fmt: NumberFormat, words: bool, device: torch.device,
+    kinds: Kinds,
+) -> Launch:  # fmt: skip
+    from moeplug.quantization import E8M0, range_of
+
+    (B, N, K), (_, R, C) = shape, scale_shape
+    low, high = range_of(spec, fmt)
+    group, exponents = _columns_of_a_scale(spec), spec.scale_dtype == E8M0
+    if group:  # a run of values that lie 16 apart in words is at most 64
+        groups = max(1, 64 // group) if spec.scale_rows > 1 else max(1, 256 // group)
+        rows = spec.scale_rows if spec.scale_rows > 1 else max(1, TILE // (groups * group))
+    else:
+        rows, group = _tile(K)
+        groups = 1
+    arguments = _strides("w", kinds[0][1]) | {
+        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "peak_ptr": Ref(3), "N": N, "K": K, "R": R, "C": C,
+        "stride_qb": kinds[1][1][0], "stride_qn": kinds[1][1][1], "low": low, "high": high,
+        "half_range": (high - low) / 2, "least": 0.0 if exponents else torch.finfo(kinds[2][0]).tiny,
+        "ENCODE": fmt.triton_encode(), "TENSOR": spec.strategy == "tensor", "SCALE_ROWS": spec.scale_rows,
+        "GROUPED": _columns_of_a_scale(spec) > 0, "EXPONENT": math.frexp(fmt.max_value)[1] - 1 if exponents else None,
+        "PACK": fmt.values_per_element, "PLACES": fmt.values_per_word if words else 0,
+        "ROWS": rows, "GROUPS": groups, "GROUP": group,
+    }  # fmt: skip
+    grid = (triton.cdiv(N, rows), triton.cdiv(K, groups * group) if arguments["GROUPED"] else 1, B)
+    return Launch(quantize_weights_kernel, grid, arguments, OPTIONS | {"num_warps": 8 if rows * groups * group > TILE else 4})
+
+
+@functools.lru_cache(maxsize=1024)
+def _squared_error(
+    shape: Shape, scale_shape: Shape, block: tuple[int, int], fmt: NumberFormat, words: bool, step: int,
+    device: torch.device, kinds: Kinds,
+) -> Launch:  # fmt: skip
+    (B, N, K), (w, q, s) = shape, (strides for _, strides, _ in kinds[:3])
+    rows, columns = _tile(K // fmt.values_per_word)
+    arguments = _strides("w", w) | _strides("s", s) | {
+        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "sums_ptr": Ref(3), "N": N, "K": K, "STEP": step,
+        "stride_qb": q[0], "stride_qn": q[1], "stride_sn": s[1] if scale_shape[1] > 1 else 0,
+        "DECODE": fmt.triton_decode(), "PLACES": fmt.values_per_word, "IN_WORDS": words, "SCALE_ROWS": block[0],
+        "GROUP": block[1], "E8M0": kinds[2][0] == torch.uint8, "ROWS": rows, "WORDS": columns,
+    }  # fmt: skip
+    grid = (triton.cdiv(triton.cdiv(N, step), rows), B)
+    return Launch(squared_error_kernel, grid, arguments, OPTIONS)
+
+
+def _columns_of_a_scale(spec: WeightSpec) -> int:
+    """Return how many columns share a scale, 0 where all of a row do."""
+    return (spec.block_structure[1] if spec.block_structure else spec.group_size) or 0
+
+
+def _tile(K: int) -> tuple[int, int]:
+    """Return (rows, columns), powers of two, of a tile of weights that have K columns."""
+    columns = min(TILE, max(64, triton.next_power_of_2(K)))
+    return TILE // columns, columns
+
+
+def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:
+    """Return the arguments that say a tensor's strides."""
+    axes = "bnc" if letter == "s" else "bnk"
+    return {f"stride_{letter}{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
