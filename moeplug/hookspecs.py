@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
@@ -63,12 +64,12 @@ class StageContext:
         """The MoE block: index, sizes, activation, source dtype."""
         return self.request.layer
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """The planned kernel's: where rows lie in w13 and w2, and values along K. Fixed before any byte."""
         return self.kernel.layout_for(self.request)
 
-    @property
+    @cached_property
     def device(self) -> str:
         """Where buffers live, for example "cpu" or "cuda:0"."""
         return str(self.request.device)

@@ -79,6 +79,12 @@ class WeightSource:
         """What to read."""
         return Piece(self.tensor, self.start, self.nbytes)
 
+    @property
+    def place(self) -> tuple[int, tuple[int, int]]:
+        """Return where in the piece's numbers the weight's first lies, and how far the next in its column and row."""
+        strides = (1, self.stored[1]) if self.transposed else (self.stored[1], 1)
+        return self.first * strides[0], (self.step * strides[0], strides[1])
+
     def weight_of(self, flat: Any) -> Any:
         """Return the weight (N, K) as a view of `flat`: the piece's numbers, a 1-D torch tensor or numpy array."""
         rows = flat.reshape(self.stored)

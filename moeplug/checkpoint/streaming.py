@@ -36,6 +36,9 @@ class Piece:
     start: int
     nbytes: int
 
+    def __hash__(self) -> int:  # of all fields, Path's included, it took 13 µs: more than to quantize a small weight
+        return hash((self.tensor.name, self.start))
+
 
 Stream = Generator[tuple[Piece, memoryview], None, None]
 
@@ -54,10 +57,9 @@ class Span:
     nbytes: int
     pieces: tuple[Piece, ...]
 
-    def bytes_of(self, piece: Piece, content: Any) -> Any:
-        """Return a piece's part of the span's content: a memoryview, or a tensor of bytes."""
-        start = piece.tensor.offset + piece.start - self.offset
-        return content[start : start + piece.nbytes]
+    def start_of(self, piece: Piece) -> int:
+        """Return where in the span a piece begins."""
+        return piece.tensor.offset + piece.start - self.offset
 
 
 Told = Callable[[Span, int, float, float], None]  # (span, bytes of it, started, ended), seconds of time.perf_counter
@@ -298,5 +300,6 @@ def in_turn(ring: Ring) -> Stream:
         while (taken := ring.take()) is not None:
             span, buffer = taken
             for piece in span.pieces:
-                yield piece, span.bytes_of(piece, buffer)
+                start = span.start_of(piece)
+                yield piece, buffer[start : start + piece.nbytes]
             ring.release(buffer)

@@ -81,7 +81,7 @@ def _run(make: Callable[..., Launch], given: tuple[Any, ...], *tensors: Tensor) 
         if not launch.direct or hooked():
             launch.first(tensors)
         else:
-            launch.again(addresses, torch.cuda.current_stream(device).cuda_stream)
+            launch.again(addresses, triton.runtime.driver.active.get_current_stream(device.index))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import Projection
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
 from moeplug.pipeline.flow import Advance, Timings, from_memory, through_gpu, through_threads
-from moeplug.pipeline.plan import LayerPlan, Plan, plan_layer, plan_model
+from moeplug.pipeline.plan import STACKED_BYTES, LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
 from moeplug.quantization import peak_of
 from moeplug.registry import Registry
@@ -32,7 +32,7 @@ __all__ = ["STAGES", "LayerBuilder", "LayerPlan", "Plan", "Report", "Targets", "
 
 STAGES = ("allocate", "load", "quantize", "create_scales", "setup_kernel")
 Progress = Callable[[int, int], None]
-LARGEST_BATCHED = 1 << 20  # bytes of a weight: a larger one keeps a device busy for longer than Python takes
+LARGEST_STACKED = 1 << 20  # bytes of a weight: a larger one keeps a device busy for longer than Python takes
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Job:
         views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
         with closing(checkpoint.ring(self._pieces, views, plan.readers, self._was_read)) as ring:
             if plan.device.type == "cuda":
-                nbytes = plan.read_buffer_bytes
+                nbytes = min(plan.staged_bytes, -(-self.total_bytes // 64) * 64 + plan.read_buffer_bytes)
                 timings = through_gpu(ring, self._use, advance, plan.device, nbytes, len(views), self._was_copied)
             else:
                 timings = through_threads(ring, self._use, advance, 1 if self.in_order else plan.workers)
@@ -160,27 +160,30 @@ class Job:
     def _was_copied(self, span: Span, started: float, ended: float) -> None:
         self._registry.tell(LoadEvent("copy", span.pieces[0].tensor.name, span.nbytes, started, ended))
 
-    def _use(self, pieces: Sequence[tuple[Piece, Tensor]], seconds: StageSeconds) -> None:
-        """Give the expert weights in pieces to their layers, several small ones of a projection at a time."""
-        batches: dict[tuple[int, Projection, int], list[tuple[int, Tensor, str]]] = {}
-        for piece, raw in pieces:
-            sources = self._experts.get(piece)
-            if sources is None:
-                self._keep(piece, raw)
+    def _use(self, pieces: Sequence[tuple[Piece, int]], content: Tensor, seconds: StageSeconds) -> None:
+        """Give the expert weights in pieces to their layers, those of a projection together.
+
+        pieces: each with the byte of content (n,) uint8 where it begins.
+        """
+        batches: dict[tuple[int, Projection], list[_Found]] = {}
+        for piece, start in pieces:
+            sources = self._experts.get(piece, ())
+            if not sources or self.in_order or self._collector is not None or sources[0].of_bias:
+                raw = content[start : start + piece.nbytes]
+                (self._feed(piece, raw, seconds) if sources else self._keep(piece, raw))
                 continue
-            if self.in_order or self._collector is not None or any(source.of_bias for source in sources):
-                self._feed(piece, raw, seconds)
-                continue
-            flat = raw.view(torch_dtype(piece.tensor))
+            dtype = torch_dtype(piece.tensor)
             for source in sources:
-                alone = source.expert if source.nbytes > LARGEST_BATCHED else -1
-                batch = batches.setdefault((source.layer, source.projection, alone), [])
-                batch.append((source.expert, source.weight_of(flat), _origin(piece)))
-        for (layer, projection, _), batch in batches.items():
-            batch.sort(key=itemgetter(0))  # neighbours then lie side by side in the buffers
-            experts, weights, origins = zip(*batch, strict=True)
-            together = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
-            self._builder(layer).feed(projection, experts, together, origins, seconds)
+                first, strides = source.place
+                at = start // dtype.itemsize + first
+                found = _Found(source.expert, at, strides, source.shape, dtype, piece)
+                batches.setdefault((source.layer, source.projection), []).append(found)
+        for (layer, projection), batch in batches.items():
+            builder = self._builder(layer)
+            batch.sort(key=attrgetter("expert"))  # neighbours then lie side by side in the buffers
+            for run, weights in _together(batch, content):
+                experts, origins = [found.expert for found in run], [_origin(found.piece) for found in run]
+                builder.feed(projection, experts, weights, origins, seconds)
             self._finish_if_complete(layer)
 
     def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
@@ -269,6 +272,55 @@ class Job:
         nbytes = -(-min(self._plan.read_buffer_bytes, self.total_bytes + 1) // 64) * 64  # aligned for any dtype
         count = self._plan.read_buffers
         return list(torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=pinned).chunk(count))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An expert weight of `shape` in content that was read: its first number, and the steps to the next ones."""
+
+    expert: int
+    first: int
+    strides: tuple[int, int]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    piece: Piece
+
+
+def _together(batch: Sequence[_Found], content: Tensor) -> Iterator[tuple[Sequence[_Found], Tensor]]:
+    """Yield weights (B, N, K) with who they are: evenly spaced ones as a view of content, small ones as a copy."""
+    runs = _evenly_spaced(batch)
+    nbytes = batch[0].shape[0] * batch[0].shape[1] * batch[0].dtype.itemsize
+    same = all(found.dtype == batch[0].dtype for found in batch)
+    if len(runs) == 1 or nbytes > LARGEST_STACKED or not same:
+        yield from ((run, _view(run, content)) for run in runs)
+        return
+    count = max(1, STACKED_BYTES // nbytes)
+    for part in (batch[i : i + count] for i in range(0, len(batch), count)):
+        yield part, torch.stack([_view([found], content)[0] for found in part])
+
+
+def _evenly_spaced(batch: Sequence[_Found]) -> list[Sequence[_Found]]:
+    """Split a batch into runs whose weights are equally far apart, and of one kind."""
+    runs: list[list[_Found]] = []
+    for found in batch:
+        run = runs[-1] if runs else []
+        if run and (found.strides, found.dtype) == (run[0].strides, run[0].dtype):
+            spacing = found.first - run[-1].first
+            if spacing > 0 and (len(run) == 1 or spacing == run[1].first - run[0].first):
+                run.append(found)
+                continue
+        runs.append([found])
+    return list(runs)
+
+
+def _view(run: Sequence[_Found], content: Tensor) -> Tensor:
+    """Return evenly spaced weights as (B, N, K)."""
+    found = run[0]
+    spacing = run[1].first - found.first if len(run) > 1 else 0
+    numbers = content[: content.numel() // found.dtype.itemsize * found.dtype.itemsize].view(found.dtype)
+    return numbers.as_strided(
+        (len(run), *found.shape), (spacing, *found.strides), numbers.storage_offset() + found.first
+    )
 
 
 @contextmanager

@@ -92,11 +92,10 @@ class LayerBuilder:
         self._place = {e: (g, s) for g, group in enumerate(plan.groups) for s, e in enumerate(group.ctx.experts)}
         self._came: dict[tuple[int, str], str] = {}  # → origin
         self._expected = [*plan.layer.projections, *(f"{p} bias" for p in plan.layer.projections if plan.layer.bias)]
-        # (E, projections, 2): squares of the error and of the weight; largest magnitudes as read and as the plugin's
-        # stage load made them. Kept on the device until the layer is finished: the host waits for a GPU once a layer.
-        shape = (plan.layer.num_experts, len(plan.layer.projections), 2)
-        self._squares = torch.zeros(shape, dtype=torch.float64, device=plan.groups[0].ctx.device)
-        self._peaks = torch.zeros(shape, dtype=torch.float32, device=self._squares.device)
+        # (projection, B experts, squares (B, 2) of the error and of the weight, peaks (B, 2): largest magnitudes as
+        # read and as the plugin's stage load made them). On the device until the layer is finished: the host waits for
+        # a GPU once a layer.
+        self._measured: list[tuple[Projection, Sequence[int], Tensor, Tensor]] = []
 
     @torch.no_grad()
     def feed(
@@ -116,18 +115,12 @@ class LayerBuilder:
         seconds = StageSeconds() if seconds is None else seconds
         origins = [origin] * len(experts) if isinstance(origin, str) else origin
         self._require_expected(projection, experts, origins)
-        which = self._layer.projections.index(projection)
         step = 1 if self._exact else sampled_step(self._layer.weight_shape(projection)[0])
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
             run, of_run = experts[start:stop], origins[start:stop]
             squares, peaks = self._groups[group].feed(projection, slot, run, tensor[start:stop], of_run, step, seconds)
-            if run[-1] - run[0] == stop - start - 1:  # slots are in the order of ids
-                self._squares[run[0] : run[-1] + 1, which] = squares
-                self._peaks[run[0] : run[-1] + 1, which] = peaks
-            else:
-                for b, expert in enumerate(run):
-                    self._squares[expert, which], self._peaks[expert, which] = squares[b], peaks[b]
+            self._measured.append((projection, run, squares, peaks))
             self._came.update(((expert, projection), where) for expert, where in zip(run, of_run, strict=True))
         seconds.weights += len(experts)
         seconds.total += time.perf_counter() - started
@@ -168,8 +161,8 @@ class LayerBuilder:
             return
         self._require_expected(projection, (expert,), (origin,))
         self._groups[group].keep(projection, slot, values, scales, origin)
-        exact = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self._squares.device)
-        self._squares[expert, self._layer.projections.index(projection)] = exact
+        exact = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device=values.device)
+        self._measured.append((projection, (expert,), exact, torch.zeros_like(exact)))
         self._came[expert, projection] = origin
 
     def _require_expected(self, what: str, experts: Sequence[int], origins: Sequence[str]) -> None:
@@ -197,8 +190,9 @@ class LayerBuilder:
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(f"layer {self._layer.index}: never came: {'; '.join(missing[:5])}{more}")
-        self._refuse_not_finite()
-        errors = self._errors()
+        squares, peaks = self._measurements()
+        self._refuse_not_finite(peaks)
+        errors = self._errors(squares)
         if self._accept is not None and not errors.worst <= self._accept:
             raise RefusedError(
                 f"layer {self._layer.index}, {errors.worst_where}: relative error {errors.worst:.4g} is above the "
@@ -208,11 +202,20 @@ class LayerBuilder:
         groups = [group.finish() for group in self._groups]
         return module_class(self._layer, groups) if self._into is None else self._into, errors
 
-    def _refuse_not_finite(self) -> None:
+    def _measurements(self) -> tuple[Tensor, Tensor]:
+        """Return squares and peaks on the host, (E * projections, 2) float64 each, by expert, then projection."""
+        measured = torch.cat([torch.cat([s, p.double()], dim=1) for _, _, s, p in self._measured]).cpu()
+        projections = self._layer.projections
+        at = [e * len(projections) + projections.index(p) for p, experts, _, _ in self._measured for e in experts]
+        ordered = torch.empty_like(measured)
+        ordered[at] = measured
+        return ordered[:, :2], ordered[:, 2:]
+
+    def _refuse_not_finite(self, peaks: Tensor) -> None:
         """Raise what stage 2 did not wait to see on a GPU."""
         for (expert, which), (read, made) in zip(
             ((e, p) for e in range(self._layer.num_experts) for p in self._layer.projections),
-            self._peaks.cpu().flatten(0, 1).tolist(),
+            peaks.tolist(),
             strict=True,
         ):
             ctx = self._groups[self._place[expert][0]].ctx
@@ -221,8 +224,7 @@ class LayerBuilder:
             if not math.isfinite(made):
                 refuse_plugins_not_finite(ctx, which, (expert,))
 
-    def _errors(self) -> LayerErrors:
-        squares = self._squares.cpu().flatten(0, 1)
+    def _errors(self, squares: Tensor) -> LayerErrors:
         relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         worst = int(relative.argmax())
         expert, projection = divmod(worst, len(self._layer.projections))

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from moeplug.checkpoint.memory import MemoryCheckpoint
 from moeplug.checkpoint.reader import Piece, Ring, Span
+from moeplug.checkpoint.streaming import ALIGNMENT
 from moeplug.pipeline.builder import StageSeconds
-from moeplug.pipeline.plan import STAGED_SPANS
+from moeplug.pipeline.plan import STAGED
 
-Use = Callable[[Sequence[tuple[Piece, Tensor]], StageSeconds], None]
+Use = Callable[[Sequence[tuple[Piece, int]], Tensor, StageSeconds], None]  # (pieces with their first bytes, content)
 Advance = Callable[[int], None]
 Copied = Callable[[Span, float, float], None]  # (span, started, ended), seconds of time.perf_counter
 
@@ -80,7 +81,7 @@ def from_memory(
     """Use every piece of tensors that are in memory, one at a time on the device."""
     seconds, began = StageSeconds(), time.perf_counter()
     for piece in pieces:
-        use([(piece, checkpoint.content(piece).to(device))], seconds)
+        use([(piece, 0)], checkpoint.content(piece).to(device), seconds)
         advance(piece.nbytes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -102,7 +103,7 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
                 break
             span, buffer = taken
             content = torch.frombuffer(buffer, dtype=torch.uint8)
-            use([(piece, span.bytes_of(piece, content)) for piece in span.pieces], seconds)
+            use([(piece, span.start_of(piece)) for piece in span.pieces], content, seconds)
             ring.release(buffer)
             advance(span.nbytes)
         results.append((seconds, waited, time.perf_counter() - began - waited))
@@ -129,26 +130,67 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
     return Timings.of(workers, total, sum(r[1] for r in results), sum(r[2] for r in results))
 
 
-def through_gpu(
-    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int, told: Copied
-) -> Timings:
-    """Use every piece on the GPU: copies on a side stream into STAGED_SPANS buffers, work on the current one.
+class _Staging:
+    """A buffer on the GPU that spans are copied into, one beside the other, to be used together."""
 
-    told: called with each copy at the end, when the GPU can say when it ran.
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.content = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.pieces: list[tuple[Piece, int]] = []
+        self.nbytes = 0  # of the spans
+        self.end = 0
+        self.used = _event()  # when the GPU last used it
+        self.used.record()
+
+    def place(self, span: Span) -> Tensor:
+        """Return where to copy a span to."""
+        start = self.end
+        self.pieces += [(piece, start + span.start_of(piece)) for piece in span.pieces]
+        self.nbytes += span.nbytes
+        self.end = -(-(start + span.nbytes) // ALIGNMENT) * ALIGNMENT
+        return self.content[start : start + span.nbytes]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.pieces, self.nbytes, self.end = [], 0, 0
+
+
+def through_gpu(
+    ring: Ring, use: Use, advance: Advance, device: torch.device, staged_bytes: int, buffers: int, told: Copied
+) -> Timings:
+    """Use every piece on the GPU: copies on a side stream into STAGED buffers, work on the current one.
+
+    staged_bytes: of each of these, at least a span's. told: called with each copy at the end, when the GPU can say when
+    it ran.
     """
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED_SPANS)]
+        staged = deque(_Staging(staged_bytes, device) for _ in range(STAGED))
         side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
         copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
-        events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
-        spans: list[Span] = []
+        copies: list[tuple[Span, torch.cuda.Event, torch.cuda.Event]] = []
+        works: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         base = _event()
-        with torch.cuda.stream(side):
-            base.record()
+        base.record(side)
         base.synchronize()
         based = time.perf_counter()
-        seconds, waited, waited_for_gpu, began, number = StageSeconds(), 0.0, 0.0, time.perf_counter(), 0
+        seconds, waited, waited_for_gpu, began = StageSeconds(), 0.0, 0.0, time.perf_counter()
+
+        def use_staged() -> None:
+            """Queue the work on what the first buffer holds, and go on with the next."""
+            full = staged[0]
+            if not full.pieces:
+                return
+            begin, full.used = _event(), _event()
+            main.wait_event(copies[-1][2])
+            begin.record(main)
+            use(full.pieces, full.content, seconds)
+            full.used.record(main)
+            works.append((begin, full.used))
+            advance(full.nbytes)
+            full.clear()
+            staged.rotate(-1)
+            side.wait_event(staged[0].used)
+
         while True:
             asked = time.perf_counter()
             taken = ring.take()
@@ -156,20 +198,16 @@ def through_gpu(
             if taken is None:
                 break
             span, buffer = taken
-            into = staged[number % STAGED_SPANS][: span.nbytes]
-            copy_begin, copy_end, work_begin, work_end = _event(), _event(), _event(), _event()
-            if number >= STAGED_SPANS:
-                side.wait_event(events[number - STAGED_SPANS][3])  # who used this staging buffer last
+            if staged[0].end + span.nbytes > staged_bytes:
+                use_staged()
+            copy_begin, copy_end = _event(), _event()
+            copy_begin.record(side)
             with torch.cuda.stream(side):
-                copy_begin.record()
-                into.copy_(torch.frombuffer(buffer, dtype=torch.uint8)[: span.nbytes], non_blocking=True)
-                copy_end.record()
-            main.wait_event(copy_end)
-            work_begin.record()
-            use([(piece, span.bytes_of(piece, into)) for piece in span.pieces], seconds)
-            work_end.record()
-            events.append((copy_begin, copy_end, work_begin, work_end))
-            spans.append(span)
+                staged[0].place(span).copy_(
+                    torch.frombuffer(buffer, dtype=torch.uint8, count=span.nbytes), non_blocking=True
+                )
+            copy_end.record(side)
+            copies.append((span, copy_begin, copy_end))
             copied.append((copy_end, buffer))
             asked = time.perf_counter()
             # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
@@ -177,16 +215,15 @@ def through_gpu(
                 copied[0][0].synchronize()
                 ring.release(copied.popleft()[1])
             waited_for_gpu += time.perf_counter() - asked
-            advance(span.nbytes)
-            number += 1
+        use_staged()
         asked = time.perf_counter()
         torch.cuda.synchronize(device)
         waited_for_gpu += time.perf_counter() - asked
     busy = time.perf_counter() - began - waited - waited_for_gpu
-    for span, (begin, end, _, _) in zip(spans, events, strict=True):
+    for span, begin, end in copies:
         told(span, based + base.elapsed_time(begin) / 1e3, based + base.elapsed_time(end) / 1e3)
-    copying = sum(begin.elapsed_time(end) for begin, end, _, _ in events) / 1e3
-    quantizing = sum(begin.elapsed_time(end) for _, _, begin, end in events) / 1e3
+    copying = sum(begin.elapsed_time(end) for _, begin, end in copies) / 1e3
+    quantizing = sum(begin.elapsed_time(end) for begin, end in works) / 1e3
     return Timings.of(
         1, seconds, waited, busy, waited_for_gpu=waited_for_gpu, gpu_copy=copying, gpu_quantize=quantizing
     )
