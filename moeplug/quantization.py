@@ -144,7 +144,8 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
         from moeplug.kernels import weights
 
         if weights.serves_quantize(spec, fmt, out):
-            weights.quantize(weight, spec, fmt, out, words, scales)
+            assert scales.scale is not None
+            weights.quantize(weight, spec, fmt, out, words, scales.scale)
             return scales
     _write_scales(weight, spec, fmt, scales)
     divisors, (low, high) = scales.values(weight.shape[1]), range_of(spec, fmt)
@@ -265,8 +266,12 @@ def squared_error(
     if weight.device.type == "cuda":
         from moeplug.kernels import weights
 
-        if weights.serves_squared_error(weight, stored, scales, fmt):
-            return weights.squared_error(weight, stored, scales, fmt, words, step)
+        alone = scales.scale is not None and scales.zero_point is None and scales.global_scale is None
+        if alone and weights.serves_squared_error(weight.shape[2], stored, fmt):
+            assert scales.scale is not None
+            parts = weights.empty_sums(weight.shape, fmt, step, weight.device)
+            weights.squared_error(weight, stored, scales.scale, scales.block, fmt, words, step, parts)
+            return parts.sum(1)
     scales = scales.every(step, weight.shape[1])
     weight, stored = weight[:, ::step], stored[:, ::step]
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)

@@ -162,14 +162,22 @@ def _encodes(name: str) -> bool:
         of_kernel = replace(
             scales, scale=torch.full_like(scales.scale.view(torch.uint8), 0x7F).view(scales.scale.dtype)
         )
-        weights.quantize(weight, spec, fmt, found, words, of_kernel)
+        weights.quantize(weight, spec, fmt, found, words, of_kernel.scale)
         same = [torch.equal(expected, found), torch.equal(scales.scale, of_kernel.scale)]
         same.append(torch.equal(quantization.largest_magnitude(weight), weights.largest_magnitude(weight)))
-        assert weights.serves_squared_error(weight, expected, scales, fmt)
+        assert weights.serves_squared_error(K, expected, fmt)
         for step in (1, 3):
-            given = weight, expected, scales, fmt, words, step
-            errors = quantization.squared_error(*given), weights.squared_error(*given)
-            same.append(torch.allclose(*errors, rtol=1e-5))
+            parts = weights.empty_sums(weight.shape, fmt, step, weight.device)
+            weights.squared_error(weight, expected, scales.scale, scales.block, fmt, words, step, parts)
+            errors = quantization.squared_error(weight, expected, scales, fmt, words, step)
+            same.append(torch.allclose(parts.sum(1), errors, rtol=1e-5))
+        # Into what a layer keeps: scales of every row where a weight has one, and the largest magnitudes.
+        rows = N if spec.strategy == "tensor" else scales.scale.shape[1]
+        kept = torch.full((2, 2 * rows, scales.scale.shape[2]), 0.5).to(scales.scale.dtype)
+        peaks = torch.zeros(2, dtype=torch.int32)
+        weights.quantize(weight, spec, fmt, found.fill_(0x55), words, kept[:, ::2], peaks)
+        same += [torch.equal(expected, found), torch.equal(scales.scale.expand_as(kept[:, ::2]), kept[:, ::2])]
+        same.append(torch.equal(peaks.view(torch.float32), quantization.largest_magnitude(weight)))
         if not all(same):
             return False
     for bad in (float("nan"), float("inf"), -float("inf")):

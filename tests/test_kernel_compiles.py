@@ -143,7 +143,7 @@ def test_what_quantizes_weights_compiles(monkeypatch, tmp_path, generation, name
     scale = torch.empty(B, *scale_shape(spec, N, K), dtype=scale_dtype(spec), device=meta)
     sums, peaks = torch.empty(B, N, 2, dtype=torch.float64, device=meta), torch.empty(B, dtype=torch.int32, device=meta)
     block = spec.block_structure or (1, K // scale.shape[2])
-    launched = [
+    launched: list[Any] = [
         (weights._largest_magnitude, (weight.shape,), (weight, peaks)),
         (weights._quantize, (weight.shape, scale.shape, spec, fmt, True), (weight, stored, scale, peaks)),
         (weights._squared_error, (weight.shape, scale.shape, block, fmt, True, 16), (weight, stored, scale, sums)),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moeplug.checkpoint.files import SourceFile, Stamp, read_into
 from moeplug.checkpoint.safetensors_header import TensorInfo

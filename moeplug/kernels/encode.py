@@ -74,9 +74,9 @@ def largest_magnitude_kernel(
 def quantize_weights_kernel(
     w_ptr, stride_wb, stride_wn, stride_wk,           # (B, N, K)   float
     q_ptr, stride_qb, stride_qn,                      # (B, N, K / PACK) bytes, one after another along K, written
-    s_ptr,                                            # (B, R, C)   contiguous, written
-    peak_ptr,                                         # (B,)        float32 seen as int32, with TENSOR
-    N, K, R, C,
+    s_ptr, stride_sb, stride_sn, stride_sc,           # (B, R, C)   written; with TENSOR R may be N: the same in each
+    peak_ptr,                                         # (B,)        float32 seen as int32, or None; with TENSOR read,
+    N, K, R, C,                                       #             else zeros before, written
     low, high,                                        # range of the format
     half_range,                                       # a scale is amax / half_range
     least,                                            # the smallest scale that its type has as a normal number
@@ -107,6 +107,8 @@ def quantize_weights_kernel(
             at = k + column[None, :, :]
             mask = (row < N)[:, None, None] & (at < K)
             bits = tl.maximum(bits, tl.max(_largest(w_rows, at * stride_wk, mask), 2))
+        if peak_ptr is not None:  # the maximum of integers is the same in any order
+            tl.atomic_max(peak_ptr + b, tl.max(tl.max(bits, 1), 0))
         if SCALE_ROWS > 1:
             bits = tl.max(bits, 0)[None, :] + tl.zeros((ROWS, GROUPS), tl.int32)
     if EXPONENT is not None:
@@ -116,8 +118,8 @@ def quantize_weights_kernel(
         floored = tl.where(exact < least, least, exact)  # NaN stays
         scale = tl.where(exact == 0, 1.0, floored).to(s_ptr.dtype.element_ty)
     first = (row % SCALE_ROWS == 0) & (row // SCALE_ROWS < R)
-    offsets = (b * R + (row // SCALE_ROWS)[:, None]) * C + group[None, :]
-    tl.store(s_ptr + offsets, scale, mask=first[:, None] & (group < C)[None, :])
+    offsets = (row // SCALE_ROWS).to(tl.int64)[:, None] * stride_sn + group[None, :] * stride_sc
+    tl.store(s_ptr + b * stride_sb + offsets, scale, mask=first[:, None] & (group < C)[None, :])
     divisor = _scale_value(scale, tl.float32, EXPONENT is not None)[:, :, None]
     q_rows = q_ptr + b * stride_qb + (row.to(tl.int64) * stride_qn)[:, None]
     for k in range(0, end - begin, COLUMNS):
@@ -159,24 +161,27 @@ def squared_error_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Sum (w - decoded)**2 and w**2 over ROWS of the rows."""
+    """Sum (w - decoded)**2 and w**2 over every num_programs-th run of ROWS of these rows."""
     b = tl.program_id(1).to(tl.int64)
-    row = ((tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * STEP)[:, None]
-    w_rows = w_ptr + b * stride_wb + row.to(tl.int64) * stride_wn
-    q_rows = (q_ptr + b * stride_qb + row.to(tl.int64) * stride_qn).to(tl.pointer_type(tl.uint16))
-    s_rows = s_ptr + b * stride_sb + (row // SCALE_ROWS).to(tl.int64) * stride_sn
     errors, squares = tl.zeros((ROWS, WORDS), tl.float64), tl.zeros((ROWS, WORDS), tl.float64)
-    for start in range(0, K // PLACES, WORDS):
-        word = start + tl.arange(0, WORDS)[None, :]
-        mask = (row < N) & (word < K // PLACES)
-        decoded = DECODE(tl.load(q_rows + word, mask=mask, other=0), tl.bfloat16)
-        for place in tl.static_range(PLACES):
-            column = word // 16 * (16 * PLACES) + word % 16 + 16 * place if IN_WORDS else word * PLACES + place
-            scale = tl.load(s_rows + column // GROUP * stride_sc, mask=mask, other=0)
-            w = tl.load(w_rows + column * stride_wk, mask=mask, other=0.0).to(tl.float32)
-            error = tl.where(mask, decoded[place].to(tl.float32) * _scale_value(scale, tl.float32, E8M0) - w, 0.0)
-            errors += error.to(tl.float64) * error
-            squares += w.to(tl.float64) * w
+    for first in range(tl.program_id(0) * ROWS * STEP, N, tl.num_programs(0) * ROWS * STEP):
+        row = (first + tl.arange(0, ROWS) * STEP)[:, None]
+        w_rows = w_ptr + b * stride_wb + row.to(tl.int64) * stride_wn
+        q_rows = (q_ptr + b * stride_qb + row.to(tl.int64) * stride_qn).to(tl.pointer_type(tl.uint16))
+        s_rows = s_ptr + b * stride_sb + (row // SCALE_ROWS).to(tl.int64) * stride_sn
+        for start in range(0, K // PLACES, WORDS):
+            word = start + tl.arange(0, WORDS)[None, :]
+            mask = (row < N) & (word < K // PLACES)
+            decoded = DECODE(tl.load(q_rows + word, mask=mask, other=0), tl.bfloat16)
+            for place in tl.static_range(PLACES):
+                column = word // 16 * (16 * PLACES) + word % 16 + 16 * place if IN_WORDS else word * PLACES + place
+                scale = _scale_value(
+                    tl.load(s_rows + column // GROUP * stride_sc, mask=mask, other=0), tl.float32, E8M0
+                )
+                w = tl.load(w_rows + column * stride_wk, mask=mask, other=0.0).to(tl.float32)
+                error = tl.where(mask, decoded[place].to(tl.float32) * scale - w, 0.0)
+                errors += error.to(tl.float64) * error
+                squares += w.to(tl.float64) * w
     sums = sums_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(sums, tl.sum(tl.sum(errors, 1), 0))
     tl.store(sums + 1, tl.sum(tl.sum(squares, 1), 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -19,9 +19,6 @@ from moeplug.formats import NumberFormat
 from moeplug.kernels.encode import largest_magnitude_kernel, quantize_weights_kernel, squared_error_kernel
 from moeplug.kernels.launch import Launch, Ref, current_device, hooked
 from moeplug.spec import WeightSpec
-
-if TYPE_CHECKING:
-    from moeplug.quantization import Scales
 
 TILE = 2048  # weights that a program holds at a time: 16 in each thread's registers
 # Said outright: Triton 3.9 warns where fusion is left out, and a fused product would give other bits than a CPU's.
@@ -45,30 +42,75 @@ def serves_quantize(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
     return simple and out.stride(2) == 1 and fmt.triton_encode() is not None
 
 
-def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scales: Scales) -> None:
-    """Write weight's codes into out and their scales into scales.scale, as `moeplug.quantization.quantize` says."""
-    assert scales.scale is not None
-    peaks = largest_magnitude(weight).view(torch.int32) if spec.strategy == "tensor" else scales.scale  # or not read
-    _run(_quantize, (weight.shape, scales.scale.shape, spec, fmt, words), weight, out, scales.scale, peaks)
+def quantize(
+    weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scale: Tensor,
+    peaks: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write weight's codes into out and their scales (B, R, C), as `moeplug.quantization.quantize` says.
+
+    With one scale a weight R may be N: all rows then get it. peaks: zeros (B,) int32, which become the bits of what
+    `largest_magnitude` returns.
+    """
+    if spec.strategy == "tensor":
+        peaks = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device) if peaks is None else peaks
+        _run(_largest_magnitude, (weight.shape,), weight, peaks)
+    tensors = (weight, out, scale) if peaks is None else (weight, out, scale, peaks)
+    _run(_quantize, (weight.shape, scale.shape, spec, fmt, words), *tensors)
 
 
-def serves_squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat) -> bool:
-    """Return whether `squared_error` can do it."""
-    simple = scales.scale is not None and scales.zero_point is None and scales.global_scale is None
+def serves_squared_error(K: int, stored: Tensor, fmt: NumberFormat) -> bool:
+    """Return whether `squared_error` can do it, where there are scales alone: neither zero points nor a global one."""
     places = fmt.values_per_word
-    whole_words = places > 0 and weight.shape[2] % places == 0 and stored.stride(2) == 1 and stored.stride(1) % 2 == 0
-    return simple and whole_words and torch.bfloat16 in fmt.exact_in and fmt.triton_decode() is not None
+    whole_words = places > 0 and K % places == 0 and stored.stride(2) == 1 and stored.stride(1) % 2 == 0
+    return whole_words and torch.bfloat16 in fmt.exact_in and fmt.triton_decode() is not None
 
 
-def squared_error(weight: Tensor, stored: Tensor, scales: Scales, fmt: NumberFormat, words: bool, step: int) -> Tensor:
-    """Return (B, 2) float64, as `moeplug.quantization.squared_error` says."""
-    assert scales.scale is not None
-    (B, N, K), scale = weight.shape, scales.scale
-    rows, _ = _tile(K // fmt.values_per_word)
-    sums = torch.empty(B, triton.cdiv(triton.cdiv(N, step), rows), 2, dtype=torch.float64, device=weight.device)
-    block = scales.block or (1, K // scale.shape[2])
+def empty_sums(shape: Shape, fmt: NumberFormat, step: int, device: torch.device) -> Tensor:
+    """Return (B, programs, 2) float64, uninitialised: what `squared_error` writes for weights (B, N, K)."""
+    B, N, K = shape
+    return torch.empty(B, _programs(N, K, fmt, step), 2, dtype=torch.float64, device=device)
+
+
+def squared_error(
+    weight: Tensor, stored: Tensor, scale: Tensor, block: tuple[int, int] | None, fmt: NumberFormat, words: bool,
+    step: int, sums: Tensor,
+) -> None:  # fmt: skip
+    """Write parts of what `moeplug.quantization.squared_error` returns into sums: it is their sum over axis 1."""
+    block = block or (1, weight.shape[2] // scale.shape[2])
     _run(_squared_error, (weight.shape, scale.shape, block, fmt, words, step), weight, stored, scale, sums)
-    return sums.sum(1)
+
+
+def direct_weights(
+    out: Tensor, scale: Tensor, spec: WeightSpec, fmt: NumberFormat, words: bool, step: int
+) -> DirectWeights | None:
+    """Return what quantizes weights into out (E, N, K') and scale (E, R, C), or None where kernels do not serve."""
+    K = out.shape[2] * fmt.values_per_element
+    served = serves_quantize(spec, fmt, out) and serves_squared_error(K, out, fmt)
+    return DirectWeights(out, scale, spec, fmt, words, step) if served else None
+
+
+class DirectWeights:
+    """One projection's weights on their way to where kernels read them, with what is measured of each."""
+
+    def __init__(self, out: Tensor, scale: Tensor, spec: WeightSpec, fmt: NumberFormat, words: bool, step: int) -> None:
+        """Prepare. step: the error is taken from rows 0, step, 2 * step, … alone."""
+        (E, N, packed), device = out.shape, out.device
+        self._given = spec, fmt, words
+        self._out, self._scale, self._step = out, scale, step
+        self._peaks = torch.zeros(E, dtype=torch.int32, device=device)
+        self._sums = empty_sums((E, N, packed * fmt.values_per_element), fmt, step, device)
+
+    def quantize(self, slot: int, weight: Tensor) -> None:
+        """Take weight (B, N, K) as slots slot, slot + 1, …."""
+        spec, fmt, words = self._given
+        kept = (tensor[slot : slot + weight.shape[0]] for tensor in (self._out, self._scale, self._peaks, self._sums))
+        out, scale, peaks, sums = kept
+        quantize(weight, spec, fmt, out, words, scale, peaks)
+        squared_error(weight, out, scale, spec.ragged_block, fmt, words, self._step, sums)
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Return (E, 2) float64, sums of squares of the error and of the weight, and (E, 2) float32, its peak twice."""
+        return self._sums.sum(1), self._peaks.view(torch.float32)[:, None].expand(-1, 2)
 
 
 def _run(make: Callable[..., Launch], given: tuple[Any, ...], *tensors: Tensor) -> None:
@@ -110,8 +152,9 @@ def _quantize(
     else:
         rows, group = _tile(K)
         groups = 1
-    arguments = _strides("w", kinds[0][1]) | {
-        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "peak_ptr": Ref(3), "N": N, "K": K, "R": R, "C": C,
+    arguments = _strides("w", kinds[0][1]) | _strides("s", kinds[2][1]) | {
+        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "peak_ptr": Ref(3) if len(kinds) > 3 else None,
+        "N": N, "K": K, "R": R, "C": C,
         "stride_qb": kinds[1][1][0], "stride_qn": kinds[1][1][1], "low": low, "high": high,
         "half_range": (high - low) / 2, "least": 0.0 if exponents else torch.finfo(kinds[2][0]).tiny,
         "ENCODE": fmt.triton_encode(), "TENSOR": spec.strategy == "tensor", "SCALE_ROWS": spec.scale_rows,
@@ -120,7 +163,9 @@ def _quantize(
         "ROWS": rows, "GROUPS": groups, "GROUP": group,
     }  # fmt: skip
     grid = (triton.cdiv(N, rows), triton.cdiv(K, groups * group) if arguments["GROUPED"] else 1, B)
-    return Launch(quantize_weights_kernel, grid, arguments, OPTIONS | {"num_warps": 8 if rows * groups * group > TILE else 4})
+    return Launch(
+        quantize_weights_kernel, grid, arguments, OPTIONS | {"num_warps": 8 if rows * groups * group > TILE else 4}
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,13 +181,19 @@ def _squared_error(
         "DECODE": fmt.triton_decode(), "PLACES": fmt.values_per_word, "IN_WORDS": words, "SCALE_ROWS": block[0],
         "GROUP": block[1], "E8M0": kinds[2][0] == torch.uint8, "ROWS": rows, "WORDS": columns,
     }  # fmt: skip
-    grid = (triton.cdiv(triton.cdiv(N, step), rows), B)
+    grid = (_programs(N, K, fmt, step), B)
     return Launch(squared_error_kernel, grid, arguments, OPTIONS)
 
 
 def _columns_of_a_scale(spec: WeightSpec) -> int:
     """Return how many columns share a scale, 0 where all of a row do."""
     return (spec.block_structure[1] if spec.block_structure else spec.group_size) or 0
+
+
+def _programs(N: int, K: int, fmt: NumberFormat, step: int) -> int:
+    """Return how many programs share the error of a weight, each with a sum of its own."""
+    rows, _ = _tile(K // fmt.values_per_word)
+    return min(64, -(-N // (step * rows)))
 
 
 def _tile(K: int) -> tuple[int, int]:

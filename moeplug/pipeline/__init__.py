@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -22,7 +22,7 @@ from moeplug.hookspecs import LoadEvent
 from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import Projection
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
-from moeplug.pipeline.flow import Advance, Timings, from_memory, through_gpu, through_threads
+from moeplug.pipeline.flow import Advance, Timings, from_memory, read_buffers, through_gpu, through_threads
 from moeplug.pipeline.plan import STACKED_BYTES, LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
 from moeplug.quantization import peak_of
@@ -144,11 +144,12 @@ class Job:
         return replace(timings, seconds=time.perf_counter() - started)
 
     def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, advance: Advance) -> Timings:
-        plan, buffers = self._plan, self._read_buffers()
-        views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]  # numpy gives a buffer
-        with closing(checkpoint.ring(self._pieces, views, plan.readers, self._was_read)) as ring:
+        plan = self._plan
+        nbytes = -(-min(plan.read_buffer_bytes, self.total_bytes + 1) // 64) * 64  # aligned for any dtype
+        with ExitStack() as stack:
+            views = stack.enter_context(read_buffers(plan.read_buffers, nbytes, plan.device))
+            ring = stack.enter_context(closing(checkpoint.ring(self._pieces, views, plan.readers, self._was_read)))
             if plan.device.type == "cuda":
-                nbytes = min(plan.staged_bytes, -(-self.total_bytes // 64) * 64 + plan.read_buffer_bytes)
                 timings = through_gpu(ring, self._use, advance, plan.device, nbytes, len(views), self._was_copied)
             else:
                 timings = through_threads(ring, self._use, advance, 1 if self.in_order else plan.workers)
@@ -265,13 +266,6 @@ class Job:
                 made = self._into.dense[tensor.name]
             self.dense[tensor.name] = made
         return in_file_order([*self._experts, *dense_pieces(self._plan)])
-
-    def _read_buffers(self) -> list[Tensor]:
-        """Return the ring's buffers: parts of one block, because each pinned block is rounded up to a power of two."""
-        pinned = self._plan.device.type == "cuda"
-        nbytes = -(-min(self._plan.read_buffer_bytes, self.total_bytes + 1) // 64) * 64  # aligned for any dtype
-        count = self._plan.read_buffers
-        return list(torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=pinned).chunk(count))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from moeplug.moe.experts import ExpertGroup, QuantizedExperts
 from moeplug.moe.layout import LayerSpec, Projection, buffer_name
 from moeplug.pipeline.allocate import allocate
 from moeplug.pipeline.create_scales import ScaleStore, create_scales
-from moeplug.pipeline.load import load, refuse_not_finite, refuse_plugins_not_finite
+from moeplug.pipeline.load import check_weights, load, refuse_not_finite, refuse_plugins_not_finite
 from moeplug.pipeline.quantize import quantize
 from moeplug.pipeline.setup_kernel import PipelineBinder
 from moeplug.quantization import Scales, decode, dequantized, encode, in_scale_dtype, squared_error
@@ -29,6 +29,7 @@ from moeplug.registry import Registry
 from moeplug.spec import WeightSpec
 
 if TYPE_CHECKING:
+    from moeplug.kernels.weights import DirectWeights
     from moeplug.pipeline.plan import LayerPlan
 
 ModuleClass = Callable[[LayerSpec, Sequence[ExpertGroup]], QuantizedExperts]
@@ -119,8 +120,10 @@ class LayerBuilder:
         for start, stop in self._runs(experts):
             group, slot = self._place[experts[start]]
             run, of_run = experts[start:stop], origins[start:stop]
-            squares, peaks = self._groups[group].feed(projection, slot, run, tensor[start:stop], of_run, step, seconds)
-            self._measured.append((projection, run, squares, peaks))
+            given = tensor if len(run) == len(experts) else tensor[start:stop]
+            measured = self._groups[group].feed(projection, slot, run, given, of_run, step, seconds)
+            if measured is not None:
+                self._measured.append((projection, run, *measured))
             self._came.update(((expert, projection), where) for expert, where in zip(run, of_run, strict=True))
         seconds.weights += len(experts)
         seconds.total += time.perf_counter() - started
@@ -204,6 +207,8 @@ class LayerBuilder:
 
     def _measurements(self) -> tuple[Tensor, Tensor]:
         """Return squares and peaks on the host, (E * projections, 2) float64 each, by expert, then projection."""
+        for group in self._groups:
+            self._measured += group.measured_directly()
         measured = torch.cat([torch.cat([s, p.double()], dim=1) for _, _, s, p in self._measured]).cpu()
         projections = self._layer.projections
         at = [e * len(projections) + projections.index(p) for p, experts, _, _ in self._measured for e in experts]
@@ -263,15 +268,25 @@ class _GroupBuilder:
         self._views: dict[Projection, Tensor] = {}
         self._store: ScaleStore | None = None
         self._biases: dict[str, Tensor] = {}
+        self._direct: dict[Projection, DirectWeights | None] = {}
 
     def feed(
         self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origins: Sequence[str],
         step: int, seconds: StageSeconds,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run stages 2 and 3 for slots slot, slot + 1, …; return (B, 2) float64 sums of squares, (B, 2) peaks."""
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Run stages 2 and 3 for slots slot, slot + 1, …; return (B, 2) float64 sums of squares, (B, 2) peaks.
+
+        None: `measured_directly` has them at the end.
+        """
         ctx, registry = self.ctx, self._registry
         store = self._prepared()
         begin = time.perf_counter()
+        direct = self._directly(projection, store, step)
+        if direct is not None:
+            check_weights(ctx, projection, experts, tensor, origins[0])
+            direct.quantize(slot, tensor)
+            seconds.quantize += time.perf_counter() - begin
+            return None
         ready, peaks = load(registry, ctx, projection, experts, tensor, origins)
         checked = time.perf_counter()
         out = self._views[projection][slot : slot + len(experts)]
@@ -283,6 +298,26 @@ class _GroupBuilder:
         seconds.quantize += quantized - checked
         seconds.error += time.perf_counter() - quantized
         return squares, peaks
+
+    def measured_directly(self) -> Iterator[tuple[Projection, Sequence[int], Tensor, Tensor]]:
+        """Yield what was measured of projections that a GPU quantized directly, all experts at once."""
+        for projection, direct in self._direct.items():
+            if direct is not None:
+                yield projection, self.ctx.experts, *direct.measured()
+
+    def _directly(self, projection: Projection, store: ScaleStore, step: int) -> DirectWeights | None:
+        """Return what quantizes on a GPU in place, where no plugin and no observer has a part in stages 2 and 3."""
+        if projection not in self._direct:
+            ctx, spec, out = self.ctx, self.ctx.spec(projection), self._views[projection]
+            asked = self._registry.observers or any(self._registry.answers(ctx.plugin, s) for s in ("load", "quantize"))
+            made = None
+            if out.device.type == "cuda" and spec is not None and not asked:
+                from moeplug.kernels.weights import direct_weights
+
+                fmt, words = ctx.format(projection), ctx.layout.words(projection)
+                made = direct_weights(out, store.view(projection, "scale"), spec, fmt, words, step)
+            self._direct[projection] = made
+        return self._direct[projection]
 
     def keep(self, projection: Projection, slot: int, values: Tensor, scales: Scales, origin: str) -> None:
         """Write values (1, N, K) that the group's format has, and their scales, as they are."""

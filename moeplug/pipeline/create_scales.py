@@ -35,7 +35,7 @@ class ScaleStore:
         for part in ("scale", "zero_point", "global_scale"):
             tensor = getattr(scales, part)
             if tensor is not None:
-                view = self._view(projection, part)[slot : slot + tensor.shape[0]]
+                view = self.view(projection, part)[slot : slot + tensor.shape[0]]
                 view.copy_(tensor[..., 0] if part == "global_scale" else tensor)
 
     def require_finite(self) -> None:
@@ -56,9 +56,9 @@ class ScaleStore:
         if spec is None:
             return Scales()
         rows = slice(0, 1) if spec.strategy == "tensor" else slice(None)
-        zero_point = None if spec.symmetric else self._view(projection, "zero_point")[:, rows]
-        global_scale = self._view(projection, "global_scale")[:, :1, None] if spec.scale_dtype == E4M3 else None
-        return Scales(self._view(projection, "scale")[:, rows], zero_point, global_scale, spec.ragged_block)
+        zero_point = None if spec.symmetric else self.view(projection, "zero_point")[:, rows]
+        global_scale = self.view(projection, "global_scale")[:, :1, None] if spec.scale_dtype == E4M3 else None
+        return Scales(self.view(projection, "scale")[:, rows], zero_point, global_scale, spec.ragged_block)
 
     def _allocate(self, buffer: str, projection: Projection) -> None:
         ctx, spec = self._ctx, self._ctx.spec(projection)
@@ -73,7 +73,8 @@ class ScaleStore:
         if spec.scale_dtype == E4M3:
             self.tensors[f"{buffer}_global_scale"] = torch.empty(E, parts * N, device=ctx.device)
 
-    def _view(self, projection: Projection, part: str) -> Tensor:
+    def view(self, projection: Projection, part: str) -> Tensor:
+        """Return a view of a projection's scale, zero_point (E, R, C) or global_scale (E, N), in the kernel's order."""
         spec = self._ctx.spec(projection)
         in_blocks = part == "scale" and spec is not None and spec.scale_rows > 1 and self._ctx.layer.gated
         layout = CONCATENATED if in_blocks else self._ctx.layout

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from moeplug.checkpoint.memory import MemoryCheckpoint
 from moeplug.checkpoint.reader import Piece, Ring, Span
-from moeplug.checkpoint.streaming import ALIGNMENT
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED
 
@@ -130,67 +130,25 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
     return Timings.of(workers, total, sum(r[1] for r in results), sum(r[2] for r in results))
 
 
-class _Staging:
-    """A buffer on the GPU that spans are copied into, one beside the other, to be used together."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.content = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.pieces: list[tuple[Piece, int]] = []
-        self.nbytes = 0  # of the spans
-        self.end = 0
-        self.used = _event()  # when the GPU last used it
-        self.used.record()
-
-    def place(self, span: Span) -> Tensor:
-        """Return where to copy a span to."""
-        start = self.end
-        self.pieces += [(piece, start + span.start_of(piece)) for piece in span.pieces]
-        self.nbytes += span.nbytes
-        self.end = -(-(start + span.nbytes) // ALIGNMENT) * ALIGNMENT
-        return self.content[start : start + span.nbytes]
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.pieces, self.nbytes, self.end = [], 0, 0
-
-
 def through_gpu(
-    ring: Ring, use: Use, advance: Advance, device: torch.device, staged_bytes: int, buffers: int, told: Copied
+    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int, told: Copied
 ) -> Timings:
     """Use every piece on the GPU: copies on a side stream into STAGED buffers, work on the current one.
 
-    staged_bytes: of each of these, at least a span's. told: called with each copy at the end, when the GPU can say when
-    it ran.
+    told: called with each copy at the end, when the GPU can say when it ran.
     """
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        staged = deque(_Staging(staged_bytes, device) for _ in range(STAGED))
+        staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED)]
         side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
         copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
-        copies: list[tuple[Span, torch.cuda.Event, torch.cuda.Event]] = []
-        works: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        spans: list[Span] = []
         base = _event()
         base.record(side)
         base.synchronize()
         based = time.perf_counter()
-        seconds, waited, waited_for_gpu, began = StageSeconds(), 0.0, 0.0, time.perf_counter()
-
-        def use_staged() -> None:
-            """Queue the work on what the first buffer holds, and go on with the next."""
-            full = staged[0]
-            if not full.pieces:
-                return
-            begin, full.used = _event(), _event()
-            main.wait_event(copies[-1][2])
-            begin.record(main)
-            use(full.pieces, full.content, seconds)
-            full.used.record(main)
-            works.append((begin, full.used))
-            advance(full.nbytes)
-            full.clear()
-            staged.rotate(-1)
-            side.wait_event(staged[0].used)
-
+        seconds, waited, waited_for_gpu, began, number = StageSeconds(), 0.0, 0.0, time.perf_counter(), 0
         while True:
             asked = time.perf_counter()
             taken = ring.take()
@@ -198,16 +156,21 @@ def through_gpu(
             if taken is None:
                 break
             span, buffer = taken
-            if staged[0].end + span.nbytes > staged_bytes:
-                use_staged()
-            copy_begin, copy_end = _event(), _event()
+            content = staged[number % STAGED]
+            copy_begin, copy_end, work_begin, work_end = _event(), _event(), _event(), _event()
+            if number >= STAGED:
+                side.wait_event(events[number - STAGED][3])  # who used this staging buffer last
             copy_begin.record(side)
             with torch.cuda.stream(side):
-                staged[0].place(span).copy_(
-                    torch.frombuffer(buffer, dtype=torch.uint8, count=span.nbytes), non_blocking=True
-                )
+                read = torch.frombuffer(buffer, dtype=torch.uint8, count=span.nbytes)
+                content[: span.nbytes].copy_(read, non_blocking=True)
             copy_end.record(side)
-            copies.append((span, copy_begin, copy_end))
+            main.wait_event(copy_end)
+            work_begin.record(main)
+            use([(piece, span.start_of(piece)) for piece in span.pieces], content, seconds)
+            work_end.record(main)
+            events.append((copy_begin, copy_end, work_begin, work_end))
+            spans.append(span)
             copied.append((copy_end, buffer))
             asked = time.perf_counter()
             # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
@@ -215,18 +178,37 @@ def through_gpu(
                 copied[0][0].synchronize()
                 ring.release(copied.popleft()[1])
             waited_for_gpu += time.perf_counter() - asked
-        use_staged()
+            advance(span.nbytes)
+            number += 1
         asked = time.perf_counter()
         torch.cuda.synchronize(device)
         waited_for_gpu += time.perf_counter() - asked
     busy = time.perf_counter() - began - waited - waited_for_gpu
-    for span, begin, end in copies:
+    for span, (begin, end, _, _) in zip(spans, events, strict=True):
         told(span, based + base.elapsed_time(begin) / 1e3, based + base.elapsed_time(end) / 1e3)
-    copying = sum(begin.elapsed_time(end) for _, begin, end in copies) / 1e3
-    quantizing = sum(begin.elapsed_time(end) for begin, end in works) / 1e3
+    copying = sum(begin.elapsed_time(end) for begin, end, _, _ in events) / 1e3
+    quantizing = sum(begin.elapsed_time(end) for _, _, begin, end in events) / 1e3
     return Timings.of(
         1, seconds, waited, busy, waited_for_gpu=waited_for_gpu, gpu_copy=copying, gpu_quantize=quantizing
     )
+
+
+@contextmanager
+def read_buffers(count: int, nbytes: int, device: torch.device) -> Iterator[list[memoryview]]:
+    """Give count host buffers of nbytes, from which a GPU copies by itself: page-locked until the end."""
+    block = torch.empty(count * nbytes, dtype=torch.uint8)
+    views = [memoryview(part.numpy()) for part in block.chunk(count)]  # type: ignore[arg-type]  # numpy gives a buffer
+    if device.type != "cuda":
+        yield views
+        return
+    # Not torch's own pinned memory, which is rounded up to a power of two and stays with the process.
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cudart.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    try:
+        yield views
+    finally:
+        torch.cuda.synchronize(device)  # where an error ended the load, a copy may be under way
+        torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))
 
 
 def _event() -> torch.cuda.Event:

@@ -29,7 +29,7 @@ def load(
     On a CPU both are finite. On a GPU the host would have to wait for each weight: the caller asks later, with
     `refuse_not_finite`. origins: how errors name where each weight came from.
     """
-    _check_weights(ctx, projection, experts, tensor, origins[0])
+    check_weights(ctx, projection, experts, tensor, origins[0])
     peaks = largest_magnitude(tensor)
     if tensor.device.type == "cpu" and not all(map(math.isfinite, peaks.tolist())):
         b, n, k = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
@@ -64,7 +64,7 @@ def refuse_plugins_not_finite(ctx: StageContext, projection: Projection, experts
     )
 
 
-def _check_weights(
+def check_weights(
     ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, origin: str
 ) -> None:
     """Raise CheckpointError where shape or dtype are wrong."""

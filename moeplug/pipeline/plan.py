@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless 4 expert weights are more
 # Smaller weights are read together: a read of less does not reach a disk's speed, and a GPU's copies cost launches.
-SPAN_BYTES = {"cpu": 4 << 20, "cuda": 8 << 20}
+# A GPU gets what the allowance has room for, up to this: what is read together is quantized together, and Python takes
+# a part of a millisecond for one weight or for ten.
+SPAN_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 STACKED_BYTES = 4 << 20  # of small weights that are copied side by side, where they do not lie evenly spaced
-MOST_STAGED_BYTES = 32 << 20
 MOST_READERS, MOST_WORKERS = 8, 4
+HOST_BYTES = 16 << 20  # of a load onto a GPU beside its read buffers: threads, tables, events
 STAGED = 2  # buffers on a GPU: one is copied to while the other is quantized
 
 
@@ -150,27 +152,16 @@ class Plan:
     def read_buffers(self) -> int:
         """Return how many buffers the host has: one for each thread and one more, as far as the allowance goes."""
         if self.device.type == "cuda":
-            # Pinned memory comes in powers of two: 32 MiB, or what two buffers need.
-            return max(2, (1 << (self._allowed * 3 // 4).bit_length() - 1) // self.read_buffer_bytes)
+            return max(2, (self._allowed - HOST_BYTES) // self.read_buffer_bytes)
         fits = (self._allowed - self.workers * self._scratch_bytes - (1 << 20)) // self.read_buffer_bytes
         return max(2, min(fits, self.workers + self.readers + 1))
 
     @property
-    def staged_bytes(self) -> int:
-        """Return the size of each of the STAGED buffers on a GPU: several read buffers, as far as the allowance goes.
-
-        What they hold is quantized together: Python takes a part of a millisecond for a weight or for ten.
-        """
-        fits = (self._allowed - self._scratch_bytes - (1 << 20)) // STAGED
-        return max(self.read_buffer_bytes, min(fits, MOST_STAGED_BYTES) >> 20 << 20)
-
-    @property
     def transient_bytes(self) -> int:
         """Return the memory needed on the device only while loading: staging and float32 scratch."""
-        on_gpu = self.device.type == "cuda"
-        staged = STAGED * self.staged_bytes if on_gpu else self.read_buffers * self.read_buffer_bytes
+        staged = STAGED if self.device.type == "cuda" else self.read_buffers
         # 1 MiB: error sums, slot tables, and what allocators round up.
-        return staged + self.workers * self._scratch_bytes + (1 << 20)
+        return staged * self.read_buffer_bytes + self.workers * self._scratch_bytes + (1 << 20)
 
     @property
     def _allowed(self) -> int:
@@ -182,14 +173,16 @@ class Plan:
 
     @property
     def _span_bytes(self) -> int:
-        return SPAN_BYTES.get(self.device.type, 4 << 20)
+        most = SPAN_BYTES.get(self.device.type, 4 << 20)
+        if self.device.type != "cuda":
+            return most
+        return min(most, (self._allowed - self._scratch_bytes - (1 << 20)) // STAGED)
 
     @property
     def _scratch_bytes(self) -> int:
-        """Return what one thread needs for arithmetic: four copies of a chunk in float32, or of a smaller weight."""
+        """Return what one thread needs for arithmetic: four copies of a chunk in float32."""
         chunk = CHUNK_ELEMENTS.get(self.device.type, 1 << 20)
-        nbytes = min(4 * 4 * chunk, 16 * self.read_buffer_bytes)
-        nbytes += STACKED_BYTES
+        nbytes = 4 * 4 * chunk + STACKED_BYTES
         if self.encoding is not None:  # float32 values of a weight, twice, and the small parts of a layer
             nbytes += 8 * max(layer.layer.hidden_size * layer.layer.intermediate_size for layer in self.layers)
             nbytes += max(layer.bytes_before for layer in self.layers) // 8
