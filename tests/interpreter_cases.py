@@ -171,13 +171,18 @@ def _encodes(name: str) -> bool:
             weights.squared_error(weight, expected, scales.scale, scales.block, fmt, words, step, parts)
             errors = quantization.squared_error(weight, expected, scales, fmt, words, step)
             same.append(torch.allclose(parts.sum(1), errors, rtol=1e-5))
-        # Into what a layer keeps: scales of every row where a weight has one, and the largest magnitudes.
+        # Into slots 1 and 2 of what a layer keeps, where a weight's one scale is every row's.
         rows = N if spec.strategy == "tensor" else scales.scale.shape[1]
-        kept = torch.full((2, 2 * rows, scales.scale.shape[2]), 0.5).to(scales.scale.dtype)
-        peaks = torch.zeros(2, dtype=torch.int32)
-        weights.quantize(weight, spec, fmt, found.fill_(0x55), words, kept[:, ::2], peaks)
-        same += [torch.equal(expected, found), torch.equal(scales.scale.expand_as(kept[:, ::2]), kept[:, ::2])]
-        same.append(torch.equal(peaks.view(torch.float32), quantization.largest_magnitude(weight)))
+        layer, kept = torch.full((3, 2 * N, found.shape[2]), 0x55, dtype=fmt.storage_dtype), scales.scale.dtype
+        layer_scale = torch.full((3, 2 * rows, scales.scale.shape[2]), 0.5).to(kept)
+        direct = weights.direct_weights(layer[:, ::2], layer_scale[:, ::2], spec, fmt, words, 3)
+        direct.quantize(1, weight)
+        direct.quantize(0, weight[:1])
+        order, (squares, peaks) = [0, 0, 1], direct.measured()
+        same += [torch.equal(expected[order], layer[:, ::2]), bool((layer[:, 1::2] == 0x55).all())]
+        same.append(torch.equal(scales.scale[order].expand(3, rows, -1), layer_scale[:, ::2]))
+        same += [torch.allclose(squares, errors[order], rtol=1e-5)]
+        same.append(torch.equal(peaks[:, 1], quantization.largest_magnitude(weight)[order]))
         if not all(same):
             return False
     for bad in (float("nan"), float("inf"), -float("inf")):

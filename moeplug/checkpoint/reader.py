@@ -197,10 +197,14 @@ def parse_index(content: bytes, path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map from tensor names to files; download it again")
+    checked: set[str] = set()  # thousands of tensors lie in tens of files
     for name, value in weight_map.items():
+        if isinstance(value, str) and value in checked:
+            continue
         problem = safe_name_problem(value)
         if problem:
             raise CheckpointError(f"{path}: the file of tensor {shown(name)}, {shown(value)}, {problem}")
+        checked.add(value)
     return weight_map
 
 

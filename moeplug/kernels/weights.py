@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,49 @@ Shape = tuple[int, ...]
 Kinds = tuple[tuple[torch.dtype, tuple[int, ...], int], ...]  # of tensors: dtype, strides, address modulo 16
 
 
+@dataclass(frozen=True)
+class Slots:
+    """A slice of a tensor along its first axis, known by its address alone.
+
+    Slicing lets other threads run Python, as every operation of torch does; where these read a checkpoint, it is 50 to
+    100 µs until this thread may go on.
+    """
+
+    tensor: Tensor
+    dtype: torch.dtype
+    shape: Shape
+    strides: Shape
+    start: int
+    slot_bytes: int
+    slot: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Slots:
+        """Return all of a tensor."""
+        slot_bytes = tensor.stride(0) * tensor.element_size()
+        return cls(tensor, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.data_ptr(), slot_bytes)
+
+    def at(self, slot: int, count: int) -> Slots:
+        """Return slots slot to slot + count."""
+        start = self.start + slot * self.slot_bytes
+        return Slots(self.tensor, self.dtype, (count, *self.shape[1:]), self.strides, start, self.slot_bytes, slot)
+
+    def data_ptr(self) -> int:
+        """Return the address of the first element, as a tensor does."""
+        return self.start
+
+    def stride(self) -> Shape:
+        """Return the strides, as a tensor does."""
+        return self.strides
+
+    def as_tensor(self) -> Tensor:
+        """Return the slice."""
+        return self.tensor[self.slot : self.slot + self.shape[0]]
+
+
+Placed = Tensor | Slots
+
+
 def largest_magnitude(weight: Tensor) -> Tensor:
     """Return (B,) float32, the largest |weight| of each of B weights (B, N, K); not finite where one is not."""
     peaks = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
@@ -43,8 +87,8 @@ def serves_quantize(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
 
 
 def quantize(
-    weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scale: Tensor,
-    peaks: Tensor | None = None,
+    weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Placed, words: bool, scale: Placed,
+    peaks: Placed | None = None,
 ) -> None:  # fmt: skip
     """Write weight's codes into out and their scales (B, R, C), as `moeplug.quantization.quantize` says.
 
@@ -72,8 +116,8 @@ def empty_sums(shape: Shape, fmt: NumberFormat, step: int, device: torch.device)
 
 
 def squared_error(
-    weight: Tensor, stored: Tensor, scale: Tensor, block: tuple[int, int] | None, fmt: NumberFormat, words: bool,
-    step: int, sums: Tensor,
+    weight: Tensor, stored: Placed, scale: Placed, block: tuple[int, int] | None, fmt: NumberFormat, words: bool,
+    step: int, sums: Placed,
 ) -> None:  # fmt: skip
     """Write parts of what `moeplug.quantization.squared_error` returns into sums: it is their sum over axis 1."""
     block = block or (1, weight.shape[2] // scale.shape[2])
@@ -96,15 +140,15 @@ class DirectWeights:
         """Prepare. step: the error is taken from rows 0, step, 2 * step, … alone."""
         (E, N, packed), device = out.shape, out.device
         self._given = spec, fmt, words
-        self._out, self._scale, self._step = out, scale, step
+        self._step = step
         self._peaks = torch.zeros(E, dtype=torch.int32, device=device)
         self._sums = empty_sums((E, N, packed * fmt.values_per_element), fmt, step, device)
+        self._kept = [Slots.of(tensor) for tensor in (out, scale, self._peaks, self._sums)]
 
     def quantize(self, slot: int, weight: Tensor) -> None:
         """Take weight (B, N, K) as slots slot, slot + 1, …."""
         spec, fmt, words = self._given
-        kept = (tensor[slot : slot + weight.shape[0]] for tensor in (self._out, self._scale, self._peaks, self._sums))
-        out, scale, peaks, sums = kept
+        out, scale, peaks, sums = (kept.at(slot, weight.shape[0]) for kept in self._kept)
         quantize(weight, spec, fmt, out, words, scale, peaks)
         squared_error(weight, out, scale, spec.ragged_block, fmt, words, self._step, sums)
 
@@ -113,15 +157,15 @@ class DirectWeights:
         return self._sums.sum(1), self._peaks.view(torch.float32)[:, None].expand(-1, 2)
 
 
-def _run(make: Callable[..., Launch], given: tuple[Any, ...], *tensors: Tensor) -> None:
-    """Launch what make(*given, kinds of tensors) returns on tensors."""
+def _run(make: Callable[..., Launch], given: tuple[Any, ...], weight: Tensor, *others: Placed) -> None:
+    """Launch what make(*given, device, kinds of tensors) returns on tensors."""
+    tensors, device = (weight, *others), weight.device
     addresses = [tensor.data_ptr() for tensor in tensors]
     kinds = [(t.dtype, t.stride(), address % 16) for t, address in zip(tensors, addresses, strict=True)]
-    device = tensors[0].device
     launch = make(*given, device, tuple(kinds))
     with current_device(device):
         if not launch.direct or hooked():
-            launch.first(tensors)
+            launch.first([t.as_tensor() if isinstance(t, Slots) else t for t in tensors])
         else:
             launch.again(addresses, triton.runtime.driver.active.get_current_stream(device.index))
 

@@ -17,6 +17,7 @@ from moeplug.checkpoint.encoded import Collector, reading_order
 from moeplug.checkpoint.locate import WeightSource, by_piece
 from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, Piece, Span, TensorInfo, in_file_order
+from moeplug.checkpoint.streaming import untold
 from moeplug.errors import CheckpointError
 from moeplug.hookspecs import LoadEvent
 from moeplug.moe.experts import QuantizedExperts
@@ -144,13 +145,14 @@ class Job:
         return replace(timings, seconds=time.perf_counter() - started)
 
     def _through_a_ring(self, checkpoint: Checkpoint | DummyCheckpoint, advance: Advance) -> Timings:
-        plan = self._plan
+        plan, observed = self._plan, bool(self._registry.observers)
+        was_read, was_copied = (self._was_read, self._was_copied) if observed else (untold, None)
         nbytes = -(-min(plan.read_buffer_bytes, self.total_bytes + 1) // 64) * 64  # aligned for any dtype
         with ExitStack() as stack:
             views = stack.enter_context(read_buffers(plan.read_buffers, nbytes, plan.device))
-            ring = stack.enter_context(closing(checkpoint.ring(self._pieces, views, plan.readers, self._was_read)))
+            ring = stack.enter_context(closing(checkpoint.ring(self._pieces, views, plan.readers, was_read)))
             if plan.device.type == "cuda":
-                timings = through_gpu(ring, self._use, advance, plan.device, nbytes, len(views), self._was_copied)
+                timings = through_gpu(ring, self._use, advance, plan.device, nbytes, len(views), was_copied)
             else:
                 timings = through_threads(ring, self._use, advance, 1 if self.in_order else plan.workers)
         return replace(timings, read=ring.read_seconds, readers=plan.readers)
@@ -167,6 +169,7 @@ class Job:
         pieces: each with the byte of content (n,) uint8 where it begins.
         """
         batches: dict[tuple[int, Projection], list[_Found]] = {}
+        numbers: dict[torch.dtype, Tensor] = {}  # content as each dtype
         for piece, start in pieces:
             sources = self._experts.get(piece, ())
             if not sources or self.in_order or self._collector is not None or sources[0].of_bias:
@@ -174,6 +177,8 @@ class Job:
                 (self._feed(piece, raw, seconds) if sources else self._keep(piece, raw))
                 continue
             dtype = torch_dtype(piece.tensor)
+            if dtype not in numbers:
+                numbers[dtype] = content.view(dtype)
             for source in sources:
                 first, strides = source.place
                 at = start // dtype.itemsize + first
@@ -182,7 +187,7 @@ class Job:
         for (layer, projection), batch in batches.items():
             builder = self._builder(layer)
             batch.sort(key=attrgetter("expert"))  # neighbours then lie side by side in the buffers
-            for run, weights in _together(batch, content):
+            for run, weights in _together(batch, numbers):
                 experts, origins = [found.expert for found in run], [_origin(found.piece) for found in run]
                 builder.feed(projection, experts, weights, origins, seconds)
             self._finish_if_complete(layer)
@@ -280,17 +285,19 @@ class _Found:
     piece: Piece
 
 
-def _together(batch: Sequence[_Found], content: Tensor) -> Iterator[tuple[Sequence[_Found], Tensor]]:
-    """Yield weights (B, N, K) with who they are: evenly spaced ones as a view of content, small ones as a copy."""
+def _together(
+    batch: Sequence[_Found], numbers: Mapping[torch.dtype, Tensor]
+) -> Iterator[tuple[Sequence[_Found], Tensor]]:
+    """Yield weights (B, N, K) with who they are: evenly spaced ones as a view of numbers, small ones as a copy."""
     runs = _evenly_spaced(batch)
     nbytes = batch[0].shape[0] * batch[0].shape[1] * batch[0].dtype.itemsize
     same = all(found.dtype == batch[0].dtype for found in batch)
     if len(runs) == 1 or nbytes > LARGEST_STACKED or not same:
-        yield from ((run, _view(run, content)) for run in runs)
+        yield from ((run, _view(run, numbers)) for run in runs)
         return
     count = max(1, STACKED_BYTES // nbytes)
     for part in (batch[i : i + count] for i in range(0, len(batch), count)):
-        yield part, torch.stack([_view([found], content)[0] for found in part])
+        yield part, torch.stack([_view([found], numbers)[0] for found in part])
 
 
 def _evenly_spaced(batch: Sequence[_Found]) -> list[Sequence[_Found]]:
@@ -307,14 +314,13 @@ def _evenly_spaced(batch: Sequence[_Found]) -> list[Sequence[_Found]]:
     return list(runs)
 
 
-def _view(run: Sequence[_Found], content: Tensor) -> Tensor:
+def _view(run: Sequence[_Found], numbers: Mapping[torch.dtype, Tensor]) -> Tensor:
     """Return evenly spaced weights as (B, N, K)."""
     found = run[0]
     spacing = run[1].first - found.first if len(run) > 1 else 0
-    numbers = content[: content.numel() // found.dtype.itemsize * found.dtype.itemsize].view(found.dtype)
-    return numbers.as_strided(
-        (len(run), *found.shape), (spacing, *found.strides), numbers.storage_offset() + found.first
-    )
+    content = numbers[found.dtype]
+    shape, strides = (len(run), *found.shape), (spacing, *found.strides)
+    return content.as_strided(shape, strides, content.storage_offset() + found.first)
 
 
 @contextmanager

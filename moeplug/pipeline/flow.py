@@ -22,6 +22,8 @@ from moeplug.checkpoint.reader import Piece, Ring, Span
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED
 
+TIMED = 16
+
 Use = Callable[[Sequence[tuple[Piece, int]], Tensor, StageSeconds], None]  # (pieces with their first bytes, content)
 Advance = Callable[[int], None]
 Copied = Callable[[Span, float, float], None]  # (span, started, ended), seconds of time.perf_counter
@@ -131,24 +133,26 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
 
 
 def through_gpu(
-    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int, told: Copied
+    ring: Ring, use: Use, advance: Advance, device: torch.device, span_bytes: int, buffers: int, told: Copied | None
 ) -> Timings:
     """Use every piece on the GPU: copies on a side stream into STAGED buffers, work on the current one.
 
-    told: called with each copy at the end, when the GPU can say when it ran.
+    told: called with each copy at the end, when the GPU can say when it ran; None: nobody asks, and only every
+    TIMED-th span is timed.
     """
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         staged = [torch.empty(span_bytes, dtype=torch.uint8, device=device) for _ in range(STAGED)]
         side.wait_stream(main)  # the allocator may have taken this memory from work that main still does
         copied: deque[tuple[torch.cuda.Event, memoryview]] = deque()
-        events: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
-        spans: list[Span] = []
-        base = _event()
+        used: deque[torch.cuda.Event] = deque(maxlen=STAGED)  # when the work on the last spans has ended
+        timed: list[tuple[Span, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        base = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         base.record(side)
         base.synchronize()
         based = time.perf_counter()
         seconds, waited, waited_for_gpu, began, number = StageSeconds(), 0.0, 0.0, time.perf_counter(), 0
+        nbytes = 0
         while True:
             asked = time.perf_counter()
             taken = ring.take()
@@ -157,20 +161,26 @@ def through_gpu(
                 break
             span, buffer = taken
             content = staged[number % STAGED]
-            copy_begin, copy_end, work_begin, work_end = _event(), _event(), _event(), _event()
-            if number >= STAGED:
-                side.wait_event(events[number - STAGED][3])  # who used this staging buffer last
-            copy_begin.record(side)
+            times = told is not None or number % TIMED == 0
+            copy_begin, copy_end, work_begin, work_end = (
+                torch.cuda.Event(enable_timing=times)  # type: ignore[no-untyped-call]
+                for _ in range(4)
+            )
+            if len(used) == STAGED:
+                side.wait_event(used[0])  # who used this staging buffer last
+            if times:
+                copy_begin.record(side)
             with torch.cuda.stream(side):
                 read = torch.frombuffer(buffer, dtype=torch.uint8, count=span.nbytes)
                 content[: span.nbytes].copy_(read, non_blocking=True)
             copy_end.record(side)
             main.wait_event(copy_end)
-            work_begin.record(main)
+            if times:
+                work_begin.record(main)
+                timed.append((span, copy_begin, copy_end, work_begin, work_end))
             use([(piece, span.start_of(piece)) for piece in span.pieces], content, seconds)
             work_end.record(main)
-            events.append((copy_begin, copy_end, work_begin, work_end))
-            spans.append(span)
+            used.append(work_end)
             copied.append((copy_end, buffer))
             asked = time.perf_counter()
             # The ring keeps half of the buffers to read into; a copy that is still under way keeps the other half.
@@ -180,14 +190,17 @@ def through_gpu(
             waited_for_gpu += time.perf_counter() - asked
             advance(span.nbytes)
             number += 1
+            nbytes += span.nbytes
         asked = time.perf_counter()
         torch.cuda.synchronize(device)
         waited_for_gpu += time.perf_counter() - asked
     busy = time.perf_counter() - began - waited - waited_for_gpu
-    for span, (begin, end, _, _) in zip(spans, events, strict=True):
-        told(span, based + base.elapsed_time(begin) / 1e3, based + base.elapsed_time(end) / 1e3)
-    copying = sum(begin.elapsed_time(end) for begin, end, _, _ in events) / 1e3
-    quantizing = sum(begin.elapsed_time(end) for _, _, begin, end in events) / 1e3
+    if told is not None:
+        for span, begin, end, _, _ in timed:
+            told(span, based + base.elapsed_time(begin) / 1e3, based + base.elapsed_time(end) / 1e3)
+    share = nbytes / max(1, sum(span.nbytes for span, *_ in timed))  # of those that were timed
+    copying = share * sum(begin.elapsed_time(end) for _, begin, end, _, _ in timed) / 1e3
+    quantizing = share * sum(begin.elapsed_time(end) for _, _, _, begin, end in timed) / 1e3
     return Timings.of(
         1, seconds, waited, busy, waited_for_gpu=waited_for_gpu, gpu_copy=copying, gpu_quantize=quantizing
     )
@@ -209,7 +222,3 @@ def read_buffers(count: int, nbytes: int, device: torch.device) -> Iterator[list
     finally:
         torch.cuda.synchronize(device)  # where an error ended the load, a copy may be under way
         torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
