@@ -268,8 +268,10 @@ def prepare_moeplug(checkpoint: Path, scheme: str, device: str) -> Callable[[], 
     from moeplug.registry import Registry
 
     registry = Registry.discover()
-    small = torch.randn(2, 256, 128, device=device), torch.randn(2, 128, 128, device=device)
-    moeplug.quantize_experts(*small, scheme, registry=registry)
+    config = json.loads((checkpoint / "config.json").read_text())
+    H, I = config["hidden_size"], config["moe_intermediate_size"]
+    few = torch.randn(2, 2 * I, H, device=device).bfloat16(), torch.randn(2, H, I, device=device).bfloat16()
+    moeplug.quantize_experts(*few, scheme, registry=registry)
     return lambda: moeplug.load(checkpoint, scheme, device=device, registry=registry)
 
 

@@ -143,7 +143,7 @@ def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, w
     if weight.device.type == "cuda":
         from moeplug.kernels import weights
 
-        if weights.serves_quantize(spec, fmt, out):
+        if weights.serves(spec, fmt, out):
             assert scales.scale is not None
             weights.quantize(weight, spec, fmt, out, words, scales.scale)
             return scales
@@ -263,15 +263,6 @@ def squared_error(
 
     step: look at rows 0, step, 2 * step, … alone.
     """
-    if weight.device.type == "cuda":
-        from moeplug.kernels import weights
-
-        alone = scales.scale is not None and scales.zero_point is None and scales.global_scale is None
-        if alone and weights.serves_squared_error(weight.shape[2], stored, fmt):
-            assert scales.scale is not None
-            parts = weights.empty_sums(weight.shape, fmt, step, weight.device)
-            weights.squared_error(weight, stored, scales.scale, scales.block, fmt, words, step, parts)
-            return parts.sum(1)
     scales = scales.every(step, weight.shape[1])
     weight, stored = weight[:, ::step], stored[:, ::step]
     sums = torch.zeros(weight.shape[0], 2, dtype=torch.float64, device=weight.device)

@@ -155,34 +155,29 @@ def _encodes(name: str) -> bool:
         weight = weight.mT.contiguous().mT if transposed else weight
         poisoned = torch.full((2, 2 * N, K // fmt.values_per_element), 0x55, dtype=fmt.storage_dtype)
         expected, found = poisoned.clone()[:, ::2], poisoned[:, ::2]  # every second row, as gate's among up's
-        scales, of_kernel = quantization.quantize(weight, spec, fmt, expected, words), None
-        if not weights.serves_quantize(spec, fmt, found):
+        scales = quantization.quantize(weight, spec, fmt, expected, words)
+        if not weights.serves(spec, fmt, found):
             assert not spec.symmetric or spec.scale_dtype == quantization.E4M3, "no other spec is left to torch"
             continue
-        of_kernel = replace(
-            scales, scale=torch.full_like(scales.scale.view(torch.uint8), 0x7F).view(scales.scale.dtype)
-        )
-        weights.quantize(weight, spec, fmt, found, words, of_kernel.scale)
-        same = [torch.equal(expected, found), torch.equal(scales.scale, of_kernel.scale)]
+        scale = torch.full_like(scales.scale.view(torch.uint8), 0x7F).view(scales.scale.dtype)
+        weights.quantize(weight, spec, fmt, found, words, scale)
+        same = [torch.equal(expected, found), torch.equal(scales.scale, scale)]
         same.append(torch.equal(quantization.largest_magnitude(weight), weights.largest_magnitude(weight)))
-        assert weights.serves_squared_error(K, expected, fmt)
+        # Into slots of what a layer keeps, where a weight's one scale is every row's.
+        rows = N if spec.strategy == "tensor" else scale.shape[1]
+        layer = torch.full((3, 2 * N, found.shape[2]), 0x55, dtype=fmt.storage_dtype)
+        layer_scale = torch.full((3, 2 * rows, scale.shape[2]), 0.5).to(scale.dtype)
         for step in (1, 3):
-            parts = weights.empty_sums(weight.shape, fmt, step, weight.device)
-            weights.squared_error(weight, expected, scales.scale, scales.block, fmt, words, step, parts)
+            direct = weights.DirectWeights(layer[:, ::2], layer_scale[:, ::2], spec, fmt, words, step)
+            direct.quantize(1, weight)
+            direct.quantize(0, weight[:1])
+            order, (squares, peaks) = [0, 0, 1], direct.measured()
             errors = quantization.squared_error(weight, expected, scales, fmt, words, step)
-            same.append(torch.allclose(parts.sum(1), errors, rtol=1e-5))
-        # Into slots 1 and 2 of what a layer keeps, where a weight's one scale is every row's.
-        rows = N if spec.strategy == "tensor" else scales.scale.shape[1]
-        layer, kept = torch.full((3, 2 * N, found.shape[2]), 0x55, dtype=fmt.storage_dtype), scales.scale.dtype
-        layer_scale = torch.full((3, 2 * rows, scales.scale.shape[2]), 0.5).to(kept)
-        direct = weights.direct_weights(layer[:, ::2], layer_scale[:, ::2], spec, fmt, words, 3)
-        direct.quantize(1, weight)
-        direct.quantize(0, weight[:1])
-        order, (squares, peaks) = [0, 0, 1], direct.measured()
-        same += [torch.equal(expected[order], layer[:, ::2]), bool((layer[:, 1::2] == 0x55).all())]
-        same.append(torch.equal(scales.scale[order].expand(3, rows, -1), layer_scale[:, ::2]))
-        same += [torch.allclose(squares, errors[order], rtol=1e-5)]
-        same.append(torch.equal(peaks[:, 1], quantization.largest_magnitude(weight)[order]))
+            same += [torch.equal(expected[order], layer[:, ::2]), bool((layer[:, 1::2] == 0x55).all())]
+            same.append(torch.equal(scales.scale[order].expand(3, rows, -1), layer_scale[:, ::2]))
+            same.append(torch.allclose(squares, errors[[order[slot] for slot in direct.slots]], rtol=1e-5))
+            same.append(torch.equal(peaks[:, 1], weights.largest_magnitude(weight)[[0, 1, 0]]))
+            layer.fill_(0x55)
         if not all(same):
             return False
     for bad in (float("nan"), float("inf"), -float("inf")):

@@ -142,11 +142,10 @@ def test_what_quantizes_weights_compiles(monkeypatch, tmp_path, generation, name
     stored = torch.empty(B, N, K // fmt.values_per_element, dtype=fmt.storage_dtype, device=meta)
     scale = torch.empty(B, *scale_shape(spec, N, K), dtype=scale_dtype(spec), device=meta)
     sums, peaks = torch.empty(B, N, 2, dtype=torch.float64, device=meta), torch.empty(B, dtype=torch.int32, device=meta)
-    block = spec.block_structure or (1, K // scale.shape[2])
+    given = weight.shape, scale.shape, spec, fmt, True
     launched: list[Any] = [
         (weights._largest_magnitude, (weight.shape,), (weight, peaks)),
-        (weights._quantize, (weight.shape, scale.shape, spec, fmt, True), (weight, stored, scale, peaks)),
-        (weights._squared_error, (weight.shape, scale.shape, block, fmt, True, 16), (weight, stored, scale, sums)),
+        *((weights._quantize, (*given, step), (weight, stored, scale, peaks, sums)) for step in (0, 16)),
     ]
     for make, given, tensors in launched:
         kinds = tuple((tensor.dtype, tensor.stride(), 0) for tensor in tensors)

@@ -1,12 +1,12 @@
-"""Quantize expert weights on a GPU in one launch, and take their largest magnitude and their error in one each.
+"""Quantize expert weights on a GPU in one launch, which measures their error and largest magnitude, too.
 
 A format's `triton_encode()` returns one of the first functions here, or one of its own with the same signature:
 
-    encode(values) -> tile of codes
+    encode(values) -> codes, rounded
 
-values is a tile of float32, divided by their scale and clamped to the format's range; the codes are what the format
-stores, uint8 or int8, one a value, nibbles in the low four bits. Rounding is to nearest, ties to even. What scales are,
-how codes are packed and in which order they lie is the core's.
+values is a tile of float32, divided by their scale and clamped to the format's range; codes are what the format stores,
+uint8 or int8, one a value, nibbles in the low four bits; rounded is what they decode to, float32. Rounding is to
+nearest, ties to even. What scales are, how codes are packed and in which order they lie is the core's.
 
 The numbers are those of `moeplug.quantization` on a CPU, bit for bit. There is no atomic sum: results repeat.
 """
@@ -25,23 +25,30 @@ ROUNDER = tl.constexpr(12582912.0)
 @triton.jit
 def encode_int8(values):
     """Return signed bytes of -128 to 127."""
-    return ((values + ROUNDER) - ROUNDER).to(tl.int8)
+    rounded = (values + ROUNDER) - ROUNDER
+    return rounded.to(tl.int8), rounded
 
 
 @triton.jit
 def encode_int4(values):
     """Return nibbles, 0 to 15 for -8 to 7."""
-    return ((values + ROUNDER) - ROUNDER + 8.0).to(tl.uint8)
+    rounded = (values + ROUNDER) - ROUNDER
+    return (rounded + 8.0).to(tl.uint8), rounded
 
 
 @triton.jit
 def encode_e4m3(values):
     """Return bytes: a sign, four bits of exponent, three of mantissa; on any GPU, not only those that convert to it."""
     bits = values.to(tl.int32, bitcast=True)
-    sign, magnitude = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # 127 - 7: the biases' difference
-    small = (magnitude.to(tl.float32, bitcast=True) * 512.0 + ROUNDER).to(tl.int32, bitcast=True) & 0xF
-    return (sign | tl.where(magnitude < 0x3C800000, small, normal)).to(tl.uint8)  # 2**-6, the smallest normal number
+    sign, magnitude = bits & -0x80000000, bits & 0x7FFFFFFF
+    normal = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    shifted = magnitude.to(tl.float32, bitcast=True) * 512.0 + ROUNDER
+    is_small = magnitude < 0x3C800000  # 2**-6, the smallest normal number
+    small = ((shifted - ROUNDER) * 0.001953125).to(tl.int32, bitcast=True)  # 2**-9, a subnormal's step
+    # 127 - 7: the difference of the biases.
+    code = tl.where(is_small, shifted.to(tl.int32, bitcast=True) & 0xF, (normal >> 20) - (120 << 3))
+    rounded = (sign | tl.where(is_small, small, normal & -0x100000)).to(tl.float32, bitcast=True)
+    return (code | ((sign >> 24) & 0x80)).to(tl.uint8), rounded
 
 
 @triton.jit
@@ -75,13 +82,16 @@ def quantize_weights_kernel(
     w_ptr, stride_wb, stride_wn, stride_wk,           # (B, N, K)   float
     q_ptr, stride_qb, stride_qn,                      # (B, N, K / PACK) bytes, one after another along K, written
     s_ptr, stride_sb, stride_sn, stride_sc,           # (B, R, C)   written; with TENSOR R may be N: the same in each
-    peak_ptr,                                         # (B,)        float32 seen as int32, or None; with TENSOR read,
-    N, K, R, C,                                       #             else zeros before, written
+    peak_ptr,                                         # (B,)        float32 seen as int32; with TENSOR read, else zeros
+    sums_ptr, stride_eb,                              # (B, parts, 2) float64: parts of the sums of (w - decoded)**2
+    N, K, R, C,                                       #             and w**2, written; looked at with STEP alone
     low, high,                                        # range of the format
     half_range,                                       # a scale is amax / half_range
     least,                                            # the smallest scale that its type has as a normal number
     ENCODE: tl.constexpr,
     TENSOR: tl.constexpr,                             # one scale, from peak_ptr
+    STEP: tl.constexpr,                               # rows 0, STEP, 2 * STEP, ... are in the sums; 0: there are none
+    PEAKS: tl.constexpr,                              # find the largest magnitudes; without, peak_ptr is not looked at
     SCALE_ROWS: tl.constexpr,                         # rows that share a scale: 1 or ROWS
     GROUPED: tl.constexpr,                            # a scale for each GROUP columns; False: for all of a row
     EXPONENT: tl.constexpr,                           # scales are powers of two: that of the format's largest; or None
@@ -107,7 +117,7 @@ def quantize_weights_kernel(
             at = k + column[None, :, :]
             mask = (row < N)[:, None, None] & (at < K)
             bits = tl.maximum(bits, tl.max(_largest(w_rows, at * stride_wk, mask), 2))
-        if peak_ptr is not None:  # the maximum of integers is the same in any order
+        if PEAKS:  # the maximum of integers is the same in any order
             tl.atomic_max(peak_ptr + b, tl.max(tl.max(bits, 1), 0))
         if SCALE_ROWS > 1:
             bits = tl.max(bits, 0)[None, :] + tl.zeros((ROWS, GROUPS), tl.int32)
@@ -121,16 +131,31 @@ def quantize_weights_kernel(
     offsets = (row // SCALE_ROWS).to(tl.int64)[:, None] * stride_sn + group[None, :] * stride_sc
     tl.store(s_ptr + b * stride_sb + offsets, scale, mask=first[:, None] & (group < C)[None, :])
     divisor = _scale_value(scale, tl.float32, EXPONENT is not None)[:, :, None]
+    first_row = tl.program_id(0) * ROWS
+    # A program has one part of the sums: for each of its runs of rows, or for each row of theirs that is in the sums.
+    part = tl.cdiv(first_row, STEP) if ROWS < STEP else tl.program_id(0)
+    has_part = part * STEP < tl.minimum(first_row + ROWS, N) if ROWS < STEP else STEP > 0
+    errors, squares = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     q_rows = q_ptr + b * stride_qb + (row.to(tl.int64) * stride_qn)[:, None]
     for k in range(0, end - begin, COLUMNS):
         at = k + column[None, :, :]
         mask = (row < N)[:, None, None] & (at < K)
-        values = tl.load(w_rows + at * stride_wk, mask=mask, other=0.0).to(tl.float32)
-        values = tl.div_rn(values, divisor + tl.zeros((ROWS, GROUPS, GROUP), tl.float32))
-        codes = ENCODE(tl.minimum(tl.maximum(values, low), high))
+        weights = tl.load(w_rows + at * stride_wk, mask=mask, other=0.0).to(tl.float32)
+        scaled = tl.div_rn(weights, divisor + tl.zeros((ROWS, GROUPS, GROUP), tl.float32))
+        codes, rounded = ENCODE(tl.minimum(tl.maximum(scaled, low), high))
+        if has_part:
+            seen = (row % STEP == 0)[:, None, None]
+            error = tl.where(seen, rounded * divisor - weights, 0.0).to(tl.float64)
+            counted = tl.where(seen, weights, 0.0).to(tl.float64)
+            errors += tl.sum(tl.sum(error * error, 2), 1)
+            squares += tl.sum(tl.sum(counted * counted, 2), 1)
         codes = _packed(codes, PACK, PLACES, ROWS, COLUMNS)
         out = (begin + k) // PACK + tl.arange(0, COLUMNS // PACK)
         tl.store(q_rows + out[None, :], codes, mask=(row < N)[:, None] & (out < K // PACK)[None, :])
+    if has_part:
+        sums = sums_ptr + b * stride_eb + (part * tl.num_programs(1) + tl.program_id(1)) * 2
+        tl.store(sums, tl.sum(errors, 0))
+        tl.store(sums + 1, tl.sum(squares, 0))
 
 
 @triton.jit
@@ -143,45 +168,3 @@ def _packed(codes, PACK: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
         low, high = tl.split(tl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
         codes = low | (high << 4)
     return tl.reshape(codes, (ROWS, COLUMNS // PACK))
-
-
-@triton.jit
-def squared_error_kernel(
-    w_ptr, stride_wb, stride_wn, stride_wk,           # (B, N, K)   float
-    q_ptr, stride_qb, stride_qn,                      # (B, N, ...)  bytes, one after another along K
-    s_ptr, stride_sb, stride_sn, stride_sc,           # (B, R, C)
-    sums_ptr,                                         # (B, programs, 2) float64, contiguous, written
-    N, K, STEP,                                       # every STEP-th of N rows is looked at
-    DECODE: tl.constexpr,
-    PLACES: tl.constexpr,                             # values in 16 bits
-    IN_WORDS: tl.constexpr,                           # they lie 16 apart
-    SCALE_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,                              # columns that share a scale
-    E8M0: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    """Sum (w - decoded)**2 and w**2 over every num_programs-th run of ROWS of these rows."""
-    b = tl.program_id(1).to(tl.int64)
-    errors, squares = tl.zeros((ROWS, WORDS), tl.float64), tl.zeros((ROWS, WORDS), tl.float64)
-    for first in range(tl.program_id(0) * ROWS * STEP, N, tl.num_programs(0) * ROWS * STEP):
-        row = (first + tl.arange(0, ROWS) * STEP)[:, None]
-        w_rows = w_ptr + b * stride_wb + row.to(tl.int64) * stride_wn
-        q_rows = (q_ptr + b * stride_qb + row.to(tl.int64) * stride_qn).to(tl.pointer_type(tl.uint16))
-        s_rows = s_ptr + b * stride_sb + (row // SCALE_ROWS).to(tl.int64) * stride_sn
-        for start in range(0, K // PLACES, WORDS):
-            word = start + tl.arange(0, WORDS)[None, :]
-            mask = (row < N) & (word < K // PLACES)
-            decoded = DECODE(tl.load(q_rows + word, mask=mask, other=0), tl.bfloat16)
-            for place in tl.static_range(PLACES):
-                column = word // 16 * (16 * PLACES) + word % 16 + 16 * place if IN_WORDS else word * PLACES + place
-                scale = _scale_value(
-                    tl.load(s_rows + column // GROUP * stride_sc, mask=mask, other=0), tl.float32, E8M0
-                )
-                w = tl.load(w_rows + column * stride_wk, mask=mask, other=0.0).to(tl.float32)
-                error = tl.where(mask, decoded[place].to(tl.float32) * scale - w, 0.0)
-                errors += error.to(tl.float64) * error
-                squares += w.to(tl.float64) * w
-    sums = sums_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 2
-    tl.store(sums, tl.sum(tl.sum(errors, 1), 0))
-    tl.store(sums + 1, tl.sum(tl.sum(squares, 1), 0))

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from moeplug.formats import NumberFormat
-from moeplug.kernels.encode import largest_magnitude_kernel, quantize_weights_kernel, squared_error_kernel
+from moeplug.kernels.encode import largest_magnitude_kernel, quantize_weights_kernel
 from moeplug.kernels.launch import Launch, Ref, current_device, hooked
 from moeplug.spec import WeightSpec
 
@@ -78,7 +78,7 @@ def largest_magnitude(weight: Tensor) -> Tensor:
     return peaks.view(torch.float32)
 
 
-def serves_quantize(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
+def serves(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
     """Return whether `quantize` can do it."""
     group = _columns_of_a_scale(spec)
     in_powers = all(side & (side - 1) == 0 for side in (spec.scale_rows, group)) and spec.scale_rows * group <= 1 << 14
@@ -86,75 +86,41 @@ def serves_quantize(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
     return simple and out.stride(2) == 1 and fmt.triton_encode() is not None
 
 
-def quantize(
-    weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Placed, words: bool, scale: Placed,
-    peaks: Placed | None = None,
-) -> None:  # fmt: skip
-    """Write weight's codes into out and their scales (B, R, C), as `moeplug.quantization.quantize` says.
-
-    With one scale a weight R may be N: all rows then get it. peaks: zeros (B,) int32, which become the bits of what
-    `largest_magnitude` returns.
-    """
-    if spec.strategy == "tensor":
-        peaks = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device) if peaks is None else peaks
-        _run(_largest_magnitude, (weight.shape,), weight, peaks)
-    tensors = (weight, out, scale) if peaks is None else (weight, out, scale, peaks)
-    _run(_quantize, (weight.shape, scale.shape, spec, fmt, words), *tensors)
-
-
-def serves_squared_error(K: int, stored: Tensor, fmt: NumberFormat) -> bool:
-    """Return whether `squared_error` can do it, where there are scales alone: neither zero points nor a global one."""
-    places = fmt.values_per_word
-    whole_words = places > 0 and K % places == 0 and stored.stride(2) == 1 and stored.stride(1) % 2 == 0
-    return whole_words and torch.bfloat16 in fmt.exact_in and fmt.triton_decode() is not None
-
-
-def empty_sums(shape: Shape, fmt: NumberFormat, step: int, device: torch.device) -> Tensor:
-    """Return (B, programs, 2) float64, uninitialised: what `squared_error` writes for weights (B, N, K)."""
-    B, N, K = shape
-    return torch.empty(B, _programs(N, K, fmt, step), 2, dtype=torch.float64, device=device)
-
-
-def squared_error(
-    weight: Tensor, stored: Placed, scale: Placed, block: tuple[int, int] | None, fmt: NumberFormat, words: bool,
-    step: int, sums: Placed,
-) -> None:  # fmt: skip
-    """Write parts of what `moeplug.quantization.squared_error` returns into sums: it is their sum over axis 1."""
-    block = block or (1, weight.shape[2] // scale.shape[2])
-    _run(_squared_error, (weight.shape, scale.shape, block, fmt, words, step), weight, stored, scale, sums)
-
-
-def direct_weights(
-    out: Tensor, scale: Tensor, spec: WeightSpec, fmt: NumberFormat, words: bool, step: int
-) -> DirectWeights | None:
-    """Return what quantizes weights into out (E, N, K') and scale (E, R, C), or None where kernels do not serve."""
-    K = out.shape[2] * fmt.values_per_element
-    served = serves_quantize(spec, fmt, out) and serves_squared_error(K, out, fmt)
-    return DirectWeights(out, scale, spec, fmt, words, step) if served else None
+def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scale: Tensor) -> None:
+    """Write weight's codes into out and their scales (B, R, C), as `moeplug.quantization.quantize` says."""
+    peaks = largest_magnitude(weight).view(torch.int32) if spec.strategy == "tensor" else scale  # or not looked at
+    _run(_quantize, (weight.shape, scale.shape, spec, fmt, words, 0), weight, out, scale, peaks, scale)
 
 
 class DirectWeights:
     """One projection's weights on their way to where kernels read them, with what is measured of each."""
 
     def __init__(self, out: Tensor, scale: Tensor, spec: WeightSpec, fmt: NumberFormat, words: bool, step: int) -> None:
-        """Prepare. step: the error is taken from rows 0, step, 2 * step, … alone."""
+        """Prepare for out (E, N, K') and scale (E, R, C); with one scale a weight R may be N, and all rows get it.
+
+        step: the error is taken from rows 0, step, 2 * step, … alone.
+        """
         (E, N, packed), device = out.shape, out.device
-        self._given = spec, fmt, words
-        self._step = step
+        rows, _, column_tiles = _tiles(packed * fmt.values_per_element, spec)
+        parts = triton.cdiv(N, step if rows < step else rows) * column_tiles
+        self._given = spec, fmt, words, step
         self._peaks = torch.zeros(E, dtype=torch.int32, device=device)
-        self._sums = empty_sums((E, N, packed * fmt.values_per_element), fmt, step, device)
+        self._sums = torch.empty(E, parts, 2, dtype=torch.float64, device=device)
         self._kept = [Slots.of(tensor) for tensor in (out, scale, self._peaks, self._sums)]
+        self.slots: list[int] = []  # that `quantize` was asked for
 
     def quantize(self, slot: int, weight: Tensor) -> None:
         """Take weight (B, N, K) as slots slot, slot + 1, …."""
-        spec, fmt, words = self._given
+        spec, fmt, words, step = self._given
         out, scale, peaks, sums = (kept.at(slot, weight.shape[0]) for kept in self._kept)
-        quantize(weight, spec, fmt, out, words, scale, peaks)
-        squared_error(weight, out, scale, spec.ragged_block, fmt, words, self._step, sums)
+        if spec.strategy == "tensor":
+            _run(_largest_magnitude, (weight.shape,), weight, peaks)
+        _run(_quantize, (weight.shape, scale.shape, spec, fmt, words, step), weight, out, scale, peaks, sums)
+        self.slots += range(slot, slot + weight.shape[0])
 
     def measured(self) -> tuple[Tensor, Tensor]:
-        """Return (E, 2) float64, sums of squares of the error and of the weight, and (E, 2) float32, its peak twice."""
-        return self._sums.sum(1), self._peaks.view(torch.float32)[:, None].expand(-1, 2)
+        """Return of `slots` (n, 2) float64, sums of squares of error and weight, and (n, 2) float32, the peak twice."""
+        return self._sums.sum(1)[self.slots], self._peaks.view(torch.float32)[self.slots, None].expand(-1, 2)
 
 
 def _run(make: Callable[..., Launch], given: tuple[Any, ...], weight: Tensor, *others: Placed) -> None:
@@ -182,62 +148,45 @@ def _largest_magnitude(shape: Shape, device: torch.device, kinds: Kinds) -> Laun
 
 @functools.lru_cache(maxsize=1024)
 def _quantize(
-    shape: Shape, scale_shape: Shape, spec: WeightSpec, fmt: NumberFormat, words: bool, device: torch.device,
-    kinds: Kinds,
+    shape: Shape, scale_shape: Shape, spec: WeightSpec, fmt: NumberFormat, words: bool, step: int,
+    device: torch.device, kinds: Kinds,
 ) -> Launch:  # fmt: skip
     from moeplug.quantization import E8M0, range_of
 
-    (B, N, K), (_, R, C) = shape, scale_shape
+    (B, N, K), (_, R, C), (_, q, s, _, sums) = shape, scale_shape, (strides for _, strides, _ in kinds)
     low, high = range_of(spec, fmt)
-    group, exponents = _columns_of_a_scale(spec), spec.scale_dtype == E8M0
-    if group:  # a run of values that lie 16 apart in words is at most 64
-        groups = max(1, 64 // group) if spec.scale_rows > 1 else max(1, 256 // group)
-        rows = spec.scale_rows if spec.scale_rows > 1 else max(1, TILE // (groups * group))
-    else:
-        rows, group = _tile(K)
-        groups = 1
-    arguments = _strides("w", kinds[0][1]) | _strides("s", kinds[2][1]) | {
-        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "peak_ptr": Ref(3) if len(kinds) > 3 else None,
-        "N": N, "K": K, "R": R, "C": C,
-        "stride_qb": kinds[1][1][0], "stride_qn": kinds[1][1][1], "low": low, "high": high,
-        "half_range": (high - low) / 2, "least": 0.0 if exponents else torch.finfo(kinds[2][0]).tiny,
-        "ENCODE": fmt.triton_encode(), "TENSOR": spec.strategy == "tensor", "SCALE_ROWS": spec.scale_rows,
-        "GROUPED": _columns_of_a_scale(spec) > 0, "EXPONENT": math.frexp(fmt.max_value)[1] - 1 if exponents else None,
+    group, exponents, tensor = _columns_of_a_scale(spec), spec.scale_dtype == E8M0, spec.strategy == "tensor"
+    rows, columns, column_tiles = _tiles(K, spec)
+    arguments = _strides("w", kinds[0][1]) | _strides("s", s) | {
+        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "peak_ptr": Ref(3), "sums_ptr": Ref(4),
+        "N": N, "K": K, "R": R, "C": C, "stride_qb": q[0], "stride_qn": q[1], "stride_eb": sums[0],
+        "low": low, "high": high, "half_range": (high - low) / 2,
+        "least": 0.0 if exponents else torch.finfo(kinds[2][0]).tiny,
+        "ENCODE": fmt.triton_encode(), "TENSOR": tensor, "STEP": step, "PEAKS": step > 0 and not tensor,
+        "SCALE_ROWS": spec.scale_rows, "GROUPED": group > 0,
+        "EXPONENT": math.frexp(fmt.max_value)[1] - 1 if exponents else None,
         "PACK": fmt.values_per_element, "PLACES": fmt.values_per_word if words else 0,
-        "ROWS": rows, "GROUPS": groups, "GROUP": group,
+        "ROWS": rows, "GROUPS": columns // (group or columns), "GROUP": group or columns,
     }  # fmt: skip
-    grid = (triton.cdiv(N, rows), triton.cdiv(K, groups * group) if arguments["GROUPED"] else 1, B)
+    warps = 8 if rows * columns > TILE else 4
     return Launch(
-        quantize_weights_kernel, grid, arguments, OPTIONS | {"num_warps": 8 if rows * groups * group > TILE else 4}
+        quantize_weights_kernel, (triton.cdiv(N, rows), column_tiles, B), arguments, OPTIONS | {"num_warps": warps}
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _squared_error(
-    shape: Shape, scale_shape: Shape, block: tuple[int, int], fmt: NumberFormat, words: bool, step: int,
-    device: torch.device, kinds: Kinds,
-) -> Launch:  # fmt: skip
-    (B, N, K), (w, q, s) = shape, (strides for _, strides, _ in kinds[:3])
-    rows, columns = _tile(K // fmt.values_per_word)
-    arguments = _strides("w", w) | _strides("s", s) | {
-        "w_ptr": Ref(0), "q_ptr": Ref(1), "s_ptr": Ref(2), "sums_ptr": Ref(3), "N": N, "K": K, "STEP": step,
-        "stride_qb": q[0], "stride_qn": q[1], "stride_sn": s[1] if scale_shape[1] > 1 else 0,
-        "DECODE": fmt.triton_decode(), "PLACES": fmt.values_per_word, "IN_WORDS": words, "SCALE_ROWS": block[0],
-        "GROUP": block[1], "E8M0": kinds[2][0] == torch.uint8, "ROWS": rows, "WORDS": columns,
-    }  # fmt: skip
-    grid = (_programs(N, K, fmt, step), B)
-    return Launch(squared_error_kernel, grid, arguments, OPTIONS)
+def _tiles(K: int, spec: WeightSpec) -> tuple[int, int, int]:
+    """Return (rows, columns, tiles along K) of programs that quantize; one with a row of scales for each row loops."""
+    group = _columns_of_a_scale(spec)
+    if spec.scale_rows > 1:
+        rows, columns = spec.scale_rows, max(group, 64)  # a run of values that lie 16 apart in words is at most 64
+    else:
+        rows, columns = _tile(max(K, group))
+    return rows, columns, triton.cdiv(K, columns) if group else 1
 
 
 def _columns_of_a_scale(spec: WeightSpec) -> int:
     """Return how many columns share a scale, 0 where all of a row do."""
     return (spec.block_structure[1] if spec.block_structure else spec.group_size) or 0
-
-
-def _programs(N: int, K: int, fmt: NumberFormat, step: int) -> int:
-    """Return how many programs share the error of a weight, each with a sum of its own."""
-    rows, _ = _tile(K // fmt.values_per_word)
-    return min(64, -(-N // (step * rows)))
 
 
 def _tile(K: int) -> tuple[int, int]:

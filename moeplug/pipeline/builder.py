@@ -300,10 +300,10 @@ class _GroupBuilder:
         return squares, peaks
 
     def measured_directly(self) -> Iterator[tuple[Projection, Sequence[int], Tensor, Tensor]]:
-        """Yield what was measured of projections that a GPU quantized directly, all experts at once."""
+        """Yield what was measured of weights that a GPU quantized directly."""
         for projection, direct in self._direct.items():
             if direct is not None:
-                yield projection, self.ctx.experts, *direct.measured()
+                yield projection, [self.ctx.experts[slot] for slot in direct.slots], *direct.measured()
 
     def _directly(self, projection: Projection, store: ScaleStore, step: int) -> DirectWeights | None:
         """Return what quantizes on a GPU in place, where no plugin and no observer has a part in stages 2 and 3."""
@@ -312,10 +312,11 @@ class _GroupBuilder:
             asked = self._registry.observers or any(self._registry.answers(ctx.plugin, s) for s in ("load", "quantize"))
             made = None
             if out.device.type == "cuda" and spec is not None and not asked:
-                from moeplug.kernels.weights import direct_weights
+                from moeplug.kernels import weights
 
                 fmt, words = ctx.format(projection), ctx.layout.words(projection)
-                made = direct_weights(out, store.view(projection, "scale"), spec, fmt, words, step)
+                if weights.serves(spec, fmt, out):
+                    made = weights.DirectWeights(out, store.view(projection, "scale"), spec, fmt, words, step)
             self._direct[projection] = made
         return self._direct[projection]
 

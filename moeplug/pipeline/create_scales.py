@@ -14,6 +14,9 @@ from moeplug.quantization import E4M3, Scales, scale_dtype, scale_shape, scale_v
 from moeplug.registry import Registry
 
 
+CHECKED_SCALES = 1 << 20  # at a time, in float32
+
+
 class ScaleStore:
     """A group's scales, kept in the kernel's row order from the first one on, so that stage 4 copies nothing.
 
@@ -42,9 +45,11 @@ class ScaleStore:
         """Raise SchemeError where a scale is NaN or infinite. On a GPU the host waits here."""
         for name, tensor in self.tensors.items():
             spec = self._ctx.spec("down" if name.startswith("w2") else "gate")
+            if spec is None or not name.endswith("_scale"):
+                continue
             # Few experts at a time: a layer's scales in groups of 32 are 1/16 of its weights.
-            parts = torch.split(tensor, 8) if name.endswith("_scale") else ()
-            if spec is not None and not all(bool(torch.isfinite(scale_values(part)).all()) for part in parts):
+            parts = torch.split(tensor, max(1, CHECKED_SCALES // tensor[0].numel()))
+            if not all(bool(torch.isfinite(scale_values(part)).all()) for part in parts):
                 raise SchemeError(
                     f"layer {self._ctx.layer.index}: a scale of {name} is NaN or does not fit scale_dtype: "
                     f"{spec.scale_dtype}; use scale_dtype: float32"
