@@ -13,7 +13,6 @@ from moeplug.moe.layout import CONCATENATED, PROJECTIONS, Projection, buffer_nam
 from moeplug.quantization import E4M3, Scales, scale_dtype, scale_shape, scale_values, zero_point_dtype
 from moeplug.registry import Registry
 
-
 CHECKED_SCALES = 1 << 20  # at a time, in float32
 
 
