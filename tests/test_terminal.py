@@ -13,7 +13,7 @@ import pytest
 
 import moeplug
 from moeplug import InputOutputError, UsageError, terminal
-from moeplug.cli import parse_size
+from moeplug.cli.options import parse_size
 from moeplug.pipeline.report import write_whole
 
 SCHEMES = {
