@@ -29,23 +29,13 @@ NEED_SCHEME = ("load", "plan", "eval", "generate")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def run(run):
+    """The command, under int8 where a scheme has to be named and the test names none."""
 
     def call(*arguments):
         if arguments and arguments[0] in NEED_SCHEME and not {"-s", "--scheme", "--help"} & set(arguments):
             arguments = (*arguments, "-s", "int8")
-        monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return ended.value.code, printed.out, printed.err
+        return run(*arguments)
 
     return call
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,32 +15,12 @@ from moeplug import CheckpointError, SchemeError, UsageError
 from moeplug.checkpoint.family import Family, known_families
 from moeplug.checkpoint.guess import draft
 from moeplug.checkpoint.reader import Checkpoint
-from moeplug.cli import main
 from moeplug.integrations import family_check
 from moeplug.registry import Registry
 
 OLMOE = next(family for family in known_families() if family.name == "olmoe")
 # Families whose names on disk and rules are the usual ones, of every kind of form: a draft is right as it is.
 DRAFTED = ("deepseek_v3", "gemma4_text", "hunyuan_v1_moe", "jamba", "lfm2_moe", "qwen2_moe", "qwen3_vl_moe")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return ended.value.code, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture
