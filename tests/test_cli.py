@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import moeplug
-from moeplug import RefusedError, terminal
+from moeplug import RefusedError
 from moeplug.api import demo_checkpoint
 from moeplug.cli import cli, main
 from moeplug.registry import Plugin, Registry
@@ -514,7 +514,7 @@ def test_a_report_that_cannot_be_written_is_found_before_the_load(run, no_weight
 
 
 def test_a_report_that_fails_after_the_load_comes_after_the_result(run, tiny_checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(terminal, "check_writable", lambda path: None)
+    monkeypatch.setattr("moeplug.writing.check_writable", lambda path: None)
     model = tiny_checkpoint("olmoe")
     for json_option in ([], ["--json"]):
         code, out, err = run("load", model, "--runtime", "none", "--device", "cpu", "--report", tmp_path, *json_option)

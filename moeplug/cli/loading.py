@@ -49,6 +49,7 @@ def load(
     everything that was done, and from what, is written as JSON.
     """
     from moeplug import api, terminal
+    from moeplug.writing import check_writable
 
     registry = open_registry(disable)
     built = find_runtime(runtime, dummy)
@@ -62,13 +63,13 @@ def load(
         model, scheme, device=device, runtime=built, budget=budget, dummy=dummy, family=family, registry=registry
     )
     if trace is not None:
-        terminal.check_writable(trace)
+        check_writable(trace)
         os.environ["MOEPLUG_TRACE"] = str(trace)
     for name in (*observe, *["trace"] * (trace is not None)):
         registry.observe(name)
     inputs = None if prompt is None and text is None else _inputs(plan, prompt, text)
     if report is not None:
-        terminal.check_writable(report)
+        check_writable(report)
     loaded = _execute(plan, registry, built, "loading", exact_error)
     generated = None if inputs is None else _use(loaded, inputs, max_new_tokens)
     unwritten = terminal.write_report(loaded.report, report or terminal.default_report_path(plan))

@@ -92,6 +92,7 @@ def tune(
     This chooses numbers for weights. `moeplug tune-kernels` chooses tilings for a GPU, and changes no result.
     """
     from moeplug import api, evaluation, mixed, terminal
+    from moeplug.writing import check_writable
 
     if data_free and text is not None:
         raise UsageError("--data-free uses no text: leave out --data-free or --text")
@@ -108,7 +109,7 @@ def tune(
         with_dense=runtime == "transformers", left_out=terminal.note if wanted is None else None,
     )  # fmt: skip
     task.require_possible(budget)
-    terminal.check_writable(out)
+    check_writable(out)
     samples = None
     if text is not None:
         ids = evaluation.read_inputs(task.checkpoint.path, None, text, max_tokens).ids

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +16,7 @@ import platformdirs
 from moeplug.errors import InputOutputError
 from moeplug.kernels.schedule import Blocks, Numbers, Schedule
 from moeplug.kernels.select import Device
+from moeplug.writing import write_whole
 
 VERSION: Final = 1  # of the file; another one is refused
 SHIPPED: Final = Path(__file__).parent / "tables"
@@ -199,18 +198,7 @@ def write_table(path: Path, table: Table) -> None:
     fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()]
     fields += [f'"{name}": [\n  {lines}\n ]' for name, lines in lists.items()]
     text = "{\n " + ",\n ".join(fields) + "\n}"
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, text + "\n")
 
 
 def as_dict(table: Table) -> dict[str, Any]:
