@@ -259,6 +259,12 @@ class Registry:
 
     def observe(self, name: str) -> None:
         """Activate an observer plugin: its hook wrappers then see every stage call of every provider."""
+        if name not in {plugin.name for plugin in self.plugins}:
+            observers = [plugin for plugin, manifest in self.manifests().items() if manifest.kind == "observer"]
+            raise PluginError(
+                f"--observe {name}: no plugin '{name}' is installed; installed observers: "
+                f"{', '.join(sorted(observers)) or 'none'}. timings and trace come with `pip install moeplug-observers`"
+            )
         plugin = self.activate(name, f"--observe {name}")
         if plugin.manifest is None or plugin.manifest.kind != "observer":
             raise UsageError(f"--observe {name}: {plugin.label} is not an observer (kind: observer in plugin.yaml)")

@@ -177,12 +177,25 @@ def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path)
     ("arguments", "message"),
     [
         (("MODEL", "--budget", "1GB", "-o", "x.yaml"), "tune needs --text FILE"),
-        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "--data-free uses no text"),
+        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "leave it out, or --text"),
+        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--run-as", "int8"), "leave it out, or --run-as"),
+        (
+            ("--budget", "1GB", "-o", "x.yaml", "--data-free", "--max-tokens", "9", "--text", "t"),
+            "--data-free reads no text and runs no model: leave it out, or --text and --max-tokens",
+        ),
         (("--budget", "1GB", "-o", "x.yaml", "--candidates", ""), "--candidates names nothing"),
         (("--budget", "1GB", "-o", "x.yaml", "--candidates", "int8,intt8"), "no scheme is called 'intt8'"),
         (("--budget", "1 zebra", "-o", "x.yaml"), "--budget '1 zebra' is not a size"),
     ],
-    ids=["no_text", "text_and_data_free", "no_candidates", "unknown_candidate", "no_size"],
+    ids=[
+        "no_text",
+        "data_free_text",
+        "data_free_run_as",
+        "data_free_max_tokens",
+        "no_candidates",
+        "unknown_candidate",
+        "no_size",
+    ],
 )
 def test_what_tune_cannot_do_is_one_message(run, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -541,6 +554,17 @@ def test_a_scheme_of_a_broken_plugin_names_the_plugin(run, monkeypatch):
     assert code == 4
     assert "plugin 'theirs' (moeplug-theirs 1.0) is broken: plugin.yaml: no" in err
     assert run("plan", "--scheme", "others")[0] == 2
+
+
+@pytest.mark.parametrize("options", [["--trace", "t.json"], ["--observe", "trace"]], ids=["trace", "observe"])
+def test_an_official_observer_that_is_not_installed_says_what_to_install(run, monkeypatch, tmp_path, options):
+    there = [plugin for plugin in Registry.discover().plugins if plugin.distribution != "moeplug-observers"]
+    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, disable=(): Registry(there)))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("load", "--runtime", "none", "--device", "cpu", *options)
+    assert (code, out) == (4, "")
+    assert "--observe trace: no plugin 'trace' is installed; installed observers: none. " in err
+    assert "`pip install moeplug-observers`" in err
 
 
 def test_a_bad_scheme_file_does_not_hide_the_others(run, monkeypatch, tmp_path):

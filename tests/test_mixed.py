@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import moeplug
 from moeplug import RefusedError, Scheme, SchemeError, UsageError, mixed
+from moeplug.checkpoint.family import UnknownModelType
 from moeplug.mixed.solve import Way, smallest, solve
 from moeplug.mixed.task import Option
 from moeplug.mixed.write import scheme_text
@@ -259,6 +260,14 @@ def test_a_candidate_that_does_not_fit_is_an_error_unless_someone_is_told(tiny_c
     task = mixed.Task.open(tiny_checkpoint("qwen3_moe"), wanted, registry=registry, device="cpu", left_out=told.append)
     assert [option.name for option in task.options] == ["int8"]
     assert told[0].startswith("int8-g128 is left out: ")
+
+
+def test_a_disabled_plugins_families_are_not_used(tiny_checkpoint, monkeypatch):
+    registry = Registry.discover()
+    wanted = candidates_of("int8,none", registry)
+    monkeypatch.setattr(registry, "families", list)
+    with pytest.raises(UnknownModelType):
+        mixed.Task.open(tiny_checkpoint("qwen3_moe"), wanted, registry=registry, device="cpu")
 
 
 # Measuring

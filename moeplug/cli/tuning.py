@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from moeplug.cli.options import json_option, note_the_demo, open_registry, parse_size, plugin_options
 from moeplug.errors import UsageError
@@ -94,8 +95,8 @@ def tune(
     from moeplug import api, evaluation, mixed, terminal
     from moeplug.writing import check_writable
 
-    if data_free and text is not None:
-        raise UsageError("--data-free uses no text: leave out --data-free or --text")
+    if data_free and (idle := _given("text", "max_tokens", "run_as")):
+        raise UsageError(f"--data-free reads no text and runs no model: leave it out, or {' and '.join(idle)}")
     note_the_demo(model, "tuning for")
     if model is None and not data_free:
         text = text or api.demo_checkpoint().parent / "heldout.txt"
@@ -123,6 +124,13 @@ def tune(
         terminal.print_json(choice.as_dict() | {"scheme": str(out)})
     else:
         terminal.print_choice(choice, out)
+
+
+def _given(*options: str) -> list[str]:
+    """Return those of the running command's options that stand on its command line, as they do there."""
+    context = click.get_current_context()
+    on_it = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in on_it]
 
 
 def _capture(task: Task, run_as: str, ids: Tensor) -> dict[int, Sample]:
