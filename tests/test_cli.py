@@ -91,8 +91,9 @@ def test_dummy_needs_config_json_alone(run, tiny_checkpoint, tmp_path):
 
 
 def test_generate_answers_one_prompt(run):
-    code, out, _ = run("generate", "--device", "cpu", "--prompt", "The following", "--max-new-tokens", "6")
+    code, out, err = run("generate", "--device", "cpu", "--prompt", "The following", "--max-new-tokens", "6")
     assert code == 0
+    assert "no MODEL was given: loading the demo checkpoint" in err
     assert out.startswith("The following")
     assert len(out) > len("The following")
 
@@ -235,6 +236,13 @@ def test_schemes_lists_and_shows(run):
     code, out, _ = run("schemes", "show", "int8-g128")
     assert code == 0
     assert "group_size: 128" in out
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--disable", "int8"]], ids=["json", "disable"])
+def test_options_that_schemes_would_not_hand_on_are_refused(run, option):
+    code, out, err = run("schemes", *option, "show", "int8")
+    assert (code, out) == (2, "")
+    assert "the options of `schemes show` come after it, not before" in err
 
 
 def test_check_tells_the_three_kinds_apart(run):
@@ -561,6 +569,7 @@ def test_an_official_observer_that_is_not_installed_says_what_to_install(run, mo
     there = [plugin for plugin in Registry.discover().plugins if plugin.distribution != "moeplug-observers"]
     monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, disable=(): Registry(there)))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOEPLUG_TRACE", "")  # --trace sets it; so it is as before afterwards
     code, out, err = run("load", "--runtime", "none", "--device", "cpu", *options)
     assert (code, out) == (4, "")
     assert "--observe trace: no plugin 'trace' is installed; installed observers: none. " in err

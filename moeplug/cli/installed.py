@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from moeplug.cli.options import json_option, open_registry, plugin_options
-from moeplug.errors import MoeplugError
+from moeplug.errors import MoeplugError, UsageError
 
 
 @click.command()
@@ -47,6 +47,8 @@ def schemes(ctx: click.Context, as_json: bool, disable: tuple[str, ...]) -> None
     """List installed schemes, or show one."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(schemes_list, as_json=as_json, disable=disable)
+    elif as_json or disable:
+        raise UsageError(f"the options of `schemes {ctx.invoked_subcommand}` come after it, not before")
 
 
 @schemes.command("list")

@@ -101,6 +101,7 @@ def generate(
     if prompt is None and sys.stdin is None:
         raise UsageError("standard input is closed, and no prompt can come from it: use --prompt")
     registry = open_registry(disable)
+    note_the_demo(model, "loading")
     plan = api.plan(
         model, scheme, device=device, runtime="transformers", budget=budget, family=family, registry=registry
     )
@@ -144,6 +145,9 @@ def evaluate(
         raise UsageError("--text and --max-tokens measure perplexity, --lm-eval runs tasks; give one or the other")
     if limit is not None and not tasks:
         raise UsageError("--limit is for the tasks of --lm-eval; --max-tokens shortens a text")
+    if model is not None and text is None and not tasks:
+        raise UsageError("eval needs --text FILE: the text to predict")
+    note_the_demo(model, "measuring")
     if tasks:
         planned, result = _run_tasks(model, scheme, device, budget, family, tasks, limit, open_registry(disable))
         if as_json:
@@ -152,9 +156,6 @@ def evaluate(
             terminal.print_task_scores(planned.scheme.name, result)
         return
     if text is None:
-        if model is not None:
-            raise UsageError("eval needs --text FILE: the text to predict")
-        note_the_demo(model, "measuring")
         text = api.demo_checkpoint().parent / "heldout.txt"
     registry = open_registry(disable)
     planned = api.plan(
