@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pluggy
 
 from moeplug import hookspecs
-from moeplug.checkpoint.family import Family, known_families
+from moeplug.checkpoint.family import Family, find_family, known_families
 from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
 from moeplug.problems import did_you_mean
@@ -198,7 +198,17 @@ class Registry:
 
         A descriptor that is wrong is one line on standard error, and harms no other.
         """
-        found = list(known_families())
+        return [*known_families(), *self._families_of_plugins()]
+
+    def family_of(self, config: Mapping[str, Any]) -> Family:
+        """Return the family that serves a config.json, or raise what `find_family` raises."""
+        theirs, model_type = self._families_of_plugins(), config.get("model_type")
+        near = (*known_families(model_type), *theirs) if isinstance(model_type, str) else ()
+        serving = [family for family in near if model_type in family.model_types]
+        return find_family(config, serving or (*known_families(), *theirs))
+
+    def _families_of_plugins(self) -> list[Family]:
+        found = []
         for plugin in self.usable().values():
             for file in plugin.family_files().values():
                 try:

@@ -12,7 +12,7 @@ import torch
 
 import moeplug
 from moeplug import CheckpointError, SchemeError, UsageError
-from moeplug.checkpoint.family import Family, known_families
+from moeplug.checkpoint.family import Family, UnknownModelType, _known, known_families
 from moeplug.checkpoint.guess import draft
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.integrations import family_check
@@ -203,6 +203,20 @@ def test_a_kernel_that_knows_no_experts_without_a_gate_is_not_chosen(tmp_path):
 
 def test_without_plugins_the_families_are_moeplugs_own():
     assert Registry([]).families() == list(known_families())
+
+
+@pytest.mark.parametrize("model_type", [model_type for family in known_families() for model_type in family.model_types])
+def test_a_family_is_found_without_reading_those_that_do_not_name_its_model_type(monkeypatch, model_type):
+    made, make = [], Family.load
+    monkeypatch.setattr(Family, "load", lambda path, origin="moeplug": made.append(path) or make(path, origin))
+    _known.cache_clear()
+    assert model_type in Registry([]).family_of({"model_type": model_type}).model_types
+    assert 1 <= len(made) <= 4  # "llama4" stands in llama4_text.yaml too
+
+
+def test_of_an_unknown_model_type_all_that_are_known_are_named():
+    with pytest.raises(UnknownModelType, match="'mixtrall' is not known; known: dbrx, .*, qwen3_vl_moe"):
+        Registry([]).family_of({"model_type": "mixtrall"})
 
 
 def test_the_page_about_families_names_every_family():

@@ -117,13 +117,12 @@ def _shapes(model: Path | None, shapes: tuple[str, ...], registry: Registry) -> 
     if any(T > E for E, _, _, T in found):
         raise UsageError("--shape E,H,I,T: T experts for each token of E experts in all, so T is at most E")
     if model is not None:
-        from moeplug.checkpoint.family import find_family
         from moeplug.checkpoint.reader import read_config
 
         config = read_config(model)
         found += [
             (layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.experts_per_token)
-            for layer in find_family(config, registry.families()).layers(config)
+            for layer in registry.family_of(config).layers(config)
         ]
     if not found:
         raise UsageError("tune-kernels needs sizes: --model MODEL, or --shape E,H,I,T, for example 128,2048,768,8")
