@@ -266,7 +266,7 @@ def find_family(config: Mapping[str, Any], families: Iterable[Family] | None = N
 def known_families(naming: str = "") -> tuple[Family, ...]:
     """Return the families that moeplug itself knows, by name. naming: those alone whose files hold this text.
 
-    A file that serves a model type holds its name, and to look for one takes 2 ms; to parse all takes 150.
+    A file that serves a model type holds its name; looking for it in all takes 1 ms, parsing all takes 150.
     """
     return tuple(_known(path) for path in sorted(FAMILIES.glob("*.yaml")) if naming in path.read_text(encoding="utf-8"))
 

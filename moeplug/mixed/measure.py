@@ -130,7 +130,9 @@ def _measure_expert(task: Task, layer: LayerSpec, expert: int, weights: Weights,
     options = {option: task.expert_plans[layer.index, option] for option in task.options}
     x, w = _tokens_of(expert, sample, task.device)
     if not len(x):
-        squares = {option: _built(task, plan, weights, True)[1].sum_of_squares for option, plan in options.items()}
+        squares = {
+            option: _built(task, plan, weights, exact_error=True)[1].sum_of_squares for option, plan in options.items()
+        }
         return _Found(layer, expert, 0, 0.0, squares)
     ids = torch.zeros(len(x), 1, dtype=torch.int32, device=task.device)
     exact = _built(task, task.exact_plans[layer.index], weights)[0](x, w, ids)
