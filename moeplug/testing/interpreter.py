@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m moeplug.testing.interpreter PLUGIN
     {"unable": null, "schemes": {"mine": {"float16": null, "float32": "0.02 off the reference; …"}}, "formats": {…}}
 
-null: as it should be. unable: why the interpreter runs no kernel of moeplug here; schemes are left out then. The
+null: as it should be. unable: why the interpreter runs no fused kernel here; schemes are left out then. The
 interpreter is chosen when a kernel is decorated, so this is a process of its own.
 """
 
@@ -53,7 +53,7 @@ def round_conversions() -> None:
 
 
 def problem_of_interpreter() -> str | None:
-    """Return why the interpreter cannot run moeplug's kernels, whatever the scheme, or None.
+    """Return why the interpreter cannot run moeplug's fused kernel, whatever the scheme, or None.
 
     Triton 3.6 makes a loop's end of an array of one element by int(), which NumPy refuses from 2.4 on.
     """
