@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeplug.checkpoint.dummy import DummyCheckpoint
-from moeplug.checkpoint.family import Family, find_family
+from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.memory import TORCH_DTYPES, MemoryCheckpoint
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import CheckpointError, UsageError
@@ -203,7 +203,7 @@ def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progres
         if is_stored(checkpoint.config):
             raise UsageError(f"{source}: is an export in moeplug's own form; load it instead. Nothing was changed")
     same = checkpoint.config.get("model_type") == before.checkpoint.config.get("model_type")
-    family = before.family if same else find_family(checkpoint.config, loaded.registry.families())
+    family = before.family if same else loaded.registry.family_of(checkpoint.config)
     with_dense = loaded.model is not None
     registry, device = loaded.registry, next(iter(layers.values())).slots.device
     encoding = None if isinstance(checkpoint, MemoryCheckpoint) else encoding_of(checkpoint.config, registry)
@@ -379,5 +379,5 @@ def open_source(
 def resolve_family(family: str | Path | Family | None, config: Mapping[str, Any], registry: Registry) -> Family:
     """Return a Family of a Family, a descriptor file or a name; None: the one that serves a config.json."""
     if family is None:
-        return find_family(config, registry.families())
+        return registry.family_of(config)
     return family if isinstance(family, Family) else registry.family(str(family))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pluggy
 
 from moeplug import hookspecs
-from moeplug.checkpoint.family import Family, known_families
+from moeplug.checkpoint.family import Family, find_family, known_families
 from moeplug.errors import MoeplugError, PluginError, UsageError, is_out_of_memory
 from moeplug.manifest import IncompatibleApi, Manifest
 from moeplug.problems import did_you_mean
@@ -198,7 +198,17 @@ class Registry:
 
         A descriptor that is wrong is one line on standard error, and harms no other.
         """
-        found = list(known_families())
+        return [*known_families(), *self._families_of_plugins()]
+
+    def family_of(self, config: Mapping[str, Any]) -> Family:
+        """Return the family that serves a config.json, or raise what `find_family` raises."""
+        theirs, model_type = self._families_of_plugins(), config.get("model_type")
+        near = (*known_families(model_type), *theirs) if isinstance(model_type, str) else ()
+        serving = [family for family in near if model_type in family.model_types]
+        return find_family(config, serving or (*known_families(), *theirs))
+
+    def _families_of_plugins(self) -> list[Family]:
+        found = []
         for plugin in self.usable().values():
             for file in plugin.family_files().values():
                 try:
@@ -259,6 +269,12 @@ class Registry:
 
     def observe(self, name: str) -> None:
         """Activate an observer plugin: its hook wrappers then see every stage call of every provider."""
+        if name not in {plugin.name for plugin in self.plugins}:
+            observers = [plugin for plugin, manifest in self.manifests().items() if manifest.kind == "observer"]
+            raise PluginError(
+                f"--observe {name}: no plugin '{name}' is installed; installed observers: "
+                f"{', '.join(sorted(observers)) or 'none'}. timings and trace come with `pip install moeplug-observers`"
+            )
         plugin = self.activate(name, f"--observe {name}")
         if plugin.manifest is None or plugin.manifest.kind != "observer":
             raise UsageError(f"--observe {name}: {plugin.label} is not an observer (kind: observer in plugin.yaml)")

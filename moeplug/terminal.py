@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,18 +84,6 @@ def default_report_path(plan: Plan) -> Path:
     folder = platformdirs.user_state_path("moeplug", appauthor=False) / "reports"
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     return folder / f"{stamp}-{plan.checkpoint.path.resolve().name}-{plan.scheme.name}.json"
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputOutputError before a load whose report could not be written after it."""
-    try:
-        if path.exists() and not path.is_file():  # the report comes by a rename, which would replace a device
-            raise OSError(errno.EEXIST, "it exists, and is no file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_report(report: Report, path: Path) -> InputOutputError | None:

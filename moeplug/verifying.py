@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.files import counted, listed, read_exactly
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.reader import Checkpoint
@@ -123,9 +122,7 @@ def _plan_again(source: Checkpoint, made: Mapping[str, Any], registry: Registry,
     """Return the plan that an export was made by: its scheme for this model."""
     scheme = Scheme.from_text(made["scheme"]["yaml"], MANIFEST)
     activate_plugins(scheme, registry, device)
-    return plan_model(
-        source, find_family(source.config, registry.families()), scheme, registry, device, with_dense=True
-    )
+    return plan_model(source, registry.family_of(source.config), scheme, registry, device, with_dense=True)
 
 
 def _comparing(plan: Plan, registry: Registry, made: Mapping[str, Any]) -> _Comparing:

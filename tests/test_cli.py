@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import moeplug
-from moeplug import RefusedError, terminal
+from moeplug import RefusedError
 from moeplug.api import demo_checkpoint
 from moeplug.cli import cli, main
 from moeplug.registry import Plugin, Registry
@@ -29,23 +29,13 @@ NEED_SCHEME = ("load", "plan", "eval", "generate")
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def run(run):
+    """The command, under int8 where a scheme has to be named and the test names none."""
 
     def call(*arguments):
         if arguments and arguments[0] in NEED_SCHEME and not {"-s", "--scheme", "--help"} & set(arguments):
             arguments = (*arguments, "-s", "int8")
-        monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return ended.value.code, printed.out, printed.err
+        return run(*arguments)
 
     return call
 
@@ -101,8 +91,9 @@ def test_dummy_needs_config_json_alone(run, tiny_checkpoint, tmp_path):
 
 
 def test_generate_answers_one_prompt(run):
-    code, out, _ = run("generate", "--device", "cpu", "--prompt", "The following", "--max-new-tokens", "6")
+    code, out, err = run("generate", "--device", "cpu", "--prompt", "The following", "--max-new-tokens", "6")
     assert code == 0
+    assert "no MODEL was given: loading the demo checkpoint" in err
     assert out.startswith("The following")
     assert len(out) > len("The following")
 
@@ -187,12 +178,25 @@ def test_a_budget_that_tune_cannot_meet_is_refused_before_reading(run, tmp_path)
     ("arguments", "message"),
     [
         (("MODEL", "--budget", "1GB", "-o", "x.yaml"), "tune needs --text FILE"),
-        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "--data-free uses no text"),
+        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--text", "t"), "leave it out, or --text"),
+        (("--budget", "1GB", "-o", "x.yaml", "--data-free", "--run-as", "int8"), "leave it out, or --run-as"),
+        (
+            ("--budget", "1GB", "-o", "x.yaml", "--data-free", "--max-tokens", "9", "--text", "t"),
+            "--data-free reads no text and runs no model: leave it out, or --text and --max-tokens",
+        ),
         (("--budget", "1GB", "-o", "x.yaml", "--candidates", ""), "--candidates names nothing"),
         (("--budget", "1GB", "-o", "x.yaml", "--candidates", "int8,intt8"), "no scheme is called 'intt8'"),
         (("--budget", "1 zebra", "-o", "x.yaml"), "--budget '1 zebra' is not a size"),
     ],
-    ids=["no_text", "text_and_data_free", "no_candidates", "unknown_candidate", "no_size"],
+    ids=[
+        "no_text",
+        "data_free_text",
+        "data_free_run_as",
+        "data_free_max_tokens",
+        "no_candidates",
+        "unknown_candidate",
+        "no_size",
+    ],
 )
 def test_what_tune_cannot_do_is_one_message(run, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -232,6 +236,13 @@ def test_schemes_lists_and_shows(run):
     code, out, _ = run("schemes", "show", "int8-g128")
     assert code == 0
     assert "group_size: 128" in out
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--disable", "int8"]], ids=["json", "disable"])
+def test_options_that_schemes_would_not_hand_on_are_refused(run, option):
+    code, out, err = run("schemes", *option, "show", "int8")
+    assert (code, out) == (2, "")
+    assert "the options of `schemes show` come after it, not before" in err
 
 
 def test_check_tells_the_three_kinds_apart(run):
@@ -524,7 +535,7 @@ def test_a_report_that_cannot_be_written_is_found_before_the_load(run, no_weight
 
 
 def test_a_report_that_fails_after_the_load_comes_after_the_result(run, tiny_checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(terminal, "check_writable", lambda path: None)
+    monkeypatch.setattr("moeplug.writing.check_writable", lambda path: None)
     model = tiny_checkpoint("olmoe")
     for json_option in ([], ["--json"]):
         code, out, err = run("load", model, "--runtime", "none", "--device", "cpu", "--report", tmp_path, *json_option)
@@ -551,6 +562,18 @@ def test_a_scheme_of_a_broken_plugin_names_the_plugin(run, monkeypatch):
     assert code == 4
     assert "plugin 'theirs' (moeplug-theirs 1.0) is broken: plugin.yaml: no" in err
     assert run("plan", "--scheme", "others")[0] == 2
+
+
+@pytest.mark.parametrize("options", [["--trace", "t.json"], ["--observe", "trace"]], ids=["trace", "observe"])
+def test_an_official_observer_that_is_not_installed_says_what_to_install(run, monkeypatch, tmp_path, options):
+    there = [plugin for plugin in Registry.discover().plugins if plugin.distribution != "moeplug-observers"]
+    monkeypatch.setattr(Registry, "discover", classmethod(lambda cls, disable=(): Registry(there)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOEPLUG_TRACE", "")  # --trace sets it; so it is as before afterwards
+    code, out, err = run("load", "--runtime", "none", "--device", "cpu", *options)
+    assert (code, out) == (4, "")
+    assert "--observe trace: no plugin 'trace' is installed; installed observers: none. " in err
+    assert "`pip install moeplug-observers`" in err
 
 
 def test_a_bad_scheme_file_does_not_hide_the_others(run, monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ from moeplug.integrations.compressed_tensors import (
     unpack,
     weight_arguments,
 )
-from moeplug.quantization import Scales, _encode, dequantize, quantize
+from moeplug.quantization import Scales, dequantize, encode, groups, quantize, range_of
 from moeplug.spec import ActivationSpec
 
 LEAST = torch.finfo(torch.float32).tiny
@@ -105,7 +105,12 @@ def ours(weight: Tensor, preset: Preset, scales: Scales | None = None) -> dict[s
     if scales is None:
         scales = quantize(weight[None], spec, fmt, stored)
     else:
-        _encode(weight[None], spec, fmt, scales, stored, False)
+        scaled = weight[None].to(torch.float32, copy=True)
+        for values, columns in groups(scaled, spec.columns(K)):
+            values /= scales.values(N)[..., columns, None]
+            if scales.zero_point is not None:
+                values += scales.zero_point[..., columns, None].float()
+        encode(scaled.clamp_(*range_of(spec, fmt)), fmt, stored)
     return pack(stored[0], scales, fmt, compression(spec, fmt, preset.activations))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -189,6 +190,27 @@ def test_an_attestation_of_a_run_on_a_gpu_is_written_and_read_back(tmp_path, mon
     assert "0 days ago, on NVIDIA H100: 3 passed, with the versions that are installed here" in describe_age(
         file, "int8"
     )
+
+
+def test_where_triton_runs_no_kernel_at_all_that_is_the_reason():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from moeplug.testing.interpreter import problem_of_interpreter
+
+    # This process is not under TRITON_INTERPRET=1, and triton takes no tensors of a CPU, with a GPU or without.
+    assert re.match(r"the interpreter of triton [\d.]+ fails with NumPy [\d.]+: ", problem_of_interpreter())
+
+
+def test_an_interpreter_that_runs_no_kernel_leaves_schemes_unverified_and_formats_verified(monkeypatch):
+    found = {"unable": "it fails with this NumPy", "schemes": {}, "formats": {"int8": {"torch.float16": None}}}
+    monkeypatch.setattr(SchemeConformance, "plugin", "int8", raising=False)
+    monkeypatch.setattr(SchemeConformance, "_interpreted", lambda: found)
+    kit = SchemeConformance()
+    with pytest.raises(pytest.skip.Exception, match="not verified here: it fails with this NumPy"):
+        kit.test_the_gpus_kernel_gives_the_references_numbers_in_the_interpreter("int8")
+    kit.test_every_stored_byte_decodes_in_the_kernel_as_the_format_says("int8")
+    found["formats"]["int8"]["torch.float16"] = "word 0x0001 is wrong"
+    with pytest.raises(AssertionError, match="word 0x0001 is wrong"):
+        kit.test_every_stored_byte_decodes_in_the_kernel_as_the_format_says("int8")
 
 
 def test_a_class_that_names_no_plugin_is_told_how():

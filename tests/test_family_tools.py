@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,35 +12,15 @@ import torch
 
 import moeplug
 from moeplug import CheckpointError, SchemeError, UsageError
-from moeplug.checkpoint.family import Family, known_families
+from moeplug.checkpoint.family import Family, UnknownModelType, _known, known_families
 from moeplug.checkpoint.guess import draft
 from moeplug.checkpoint.reader import Checkpoint
-from moeplug.cli import main
 from moeplug.integrations import family_check
 from moeplug.registry import Registry
 
 OLMOE = next(family for family in known_families() if family.name == "olmoe")
 # Families whose names on disk and rules are the usual ones, of every kind of form: a draft is right as it is.
 DRAFTED = ("deepseek_v3", "gemma4_text", "hunyuan_v1_moe", "jamba", "lfm2_moe", "qwen2_moe", "qwen3_vl_moe")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moeplug", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return ended.value.code, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture
@@ -225,6 +203,20 @@ def test_a_kernel_that_knows_no_experts_without_a_gate_is_not_chosen(tmp_path):
 
 def test_without_plugins_the_families_are_moeplugs_own():
     assert Registry([]).families() == list(known_families())
+
+
+@pytest.mark.parametrize("model_type", [model_type for family in known_families() for model_type in family.model_types])
+def test_a_family_is_found_without_reading_those_that_do_not_name_its_model_type(monkeypatch, model_type):
+    made, make = [], Family.load
+    monkeypatch.setattr(Family, "load", lambda path, origin="moeplug": made.append(path) or make(path, origin))
+    _known.cache_clear()
+    assert model_type in Registry([]).family_of({"model_type": model_type}).model_types
+    assert 1 <= len(made) <= 4  # "llama4" stands in llama4_text.yaml too
+
+
+def test_of_an_unknown_model_type_all_that_are_known_are_named():
+    with pytest.raises(UnknownModelType, match="'mixtrall' is not known; known: dbrx, .*, qwen3_vl_moe"):
+        Registry([]).family_of({"model_type": "mixtrall"})
 
 
 def test_the_page_about_families_names_every_family():

@@ -261,6 +261,13 @@ def test_a_candidate_that_does_not_fit_is_an_error_unless_someone_is_told(tiny_c
     assert told[0].startswith("int8-g128 is left out: ")
 
 
+def test_the_family_comes_from_the_same_plugins_as_the_schemes(tiny_checkpoint, monkeypatch):
+    registry = Registry.discover()
+    wanted = candidates_of("int8,none", registry)
+    monkeypatch.delattr(Registry, "discover")  # --disable would not hold for another one
+    mixed.Task.open(tiny_checkpoint("qwen3_moe"), wanted, registry=registry, device="cpu")
+
+
 # Measuring
 
 

@@ -24,6 +24,7 @@ FLOORS = [
     ("moeplug.problems", 0),
     ("moeplug.when_imported", 0),
     ("moeplug.scratch", 0),
+    ("moeplug.writing", 0),
     ("moeplug.hookspecs", 0),
     ("moeplug.moe.experts", 2),
     ("moeplug.moe", 0),

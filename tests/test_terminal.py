@@ -1,4 +1,4 @@
-"""The parts of the command line: tables that fit 80 columns, sizes, report files, streams."""
+"""The parts of the command line: tables that fit 80 columns, sizes, streams."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 import moeplug
-from moeplug import InputOutputError, UsageError, terminal
-from moeplug.cli import parse_size
-from moeplug.pipeline.report import write_whole
+from moeplug import UsageError, terminal
+from moeplug.cli.options import parse_size
 
 SCHEMES = {
     "one_spec": "weights: {format: int8, strategy: channel}\n",
@@ -98,30 +97,6 @@ def test_a_default_report_path_is_new_each_time(loaded):
     paths = {terminal.default_report_path(loaded.report.plan) for _ in range(20)}
     assert len(paths) == 20
     assert all(isinstance(path, Path) and path.name.endswith("-s.json") for path in paths)
-
-
-def test_a_file_is_written_whole_with_the_users_umask(tmp_path):
-    before = os.umask(0o027)
-    try:
-        write_whole(tmp_path / "new" / "report.json", "{}\n")
-    finally:
-        os.umask(before)
-    (file,) = (tmp_path / "new").iterdir()
-    assert file.read_text() == "{}\n"
-    assert file.stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl_c", "full"])
-def test_a_file_that_is_not_written_leaves_nothing_behind(tmp_path, monkeypatch, error):
-    def fail(*args):
-        raise error
-
-    (tmp_path / "report.json").write_text("old")
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises((KeyboardInterrupt, InputOutputError)):
-        write_whole(tmp_path / "report.json", "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-    assert (tmp_path / "report.json").read_text() == "old"
 
 
 # Sizes

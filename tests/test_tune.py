@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import click
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moeplug.api import demo_checkpoint
-from moeplug.cli import cli, main
+from moeplug.cli import cli
 from moeplug.errors import InputOutputError, UsageError
 from moeplug.kernels import tuned, tuning
 from moeplug.kernels.schedule import Numbers
@@ -41,22 +41,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """A function that runs the command in this process and returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moeplug", "tune-kernels", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return ended.value.code, printed.out, printed.err
-
-    return call
+def run(run):
+    """The command `tune-kernels`."""
+    return partial(run, "tune-kernels")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

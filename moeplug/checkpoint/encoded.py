@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeplug.checkpoint.descriptor import DiskForm, expand
 from moeplug.checkpoint.files import listed, shown
-from moeplug.checkpoint.locate import Cut, WeightSource, bias_sources, cuts_of
-from moeplug.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
+from moeplug.checkpoint.locate import Cut, WeightSource, bias_sources, cuts_of, source_of, weight_shapes
+from moeplug.checkpoint.safetensors_header import TensorInfo
 from moeplug.errors import CheckpointError
 from moeplug.moe.layout import LayerSpec, Projection
 from moeplug.spec import WeightSpec
@@ -93,8 +93,7 @@ Expected = tuple[str, tuple[int, ...], str, Part, list[Cut]]
 
 def _expected(form: DiskForm, layer: LayerSpec, encoding: Encoding) -> Iterator[Expected]:
     """Yield (tensor name, its shape, role, part, cuts of the runs) of a form."""
-    H, I = layer.hidden_size, layer.intermediate_size
-    shapes = {"gate": (I, H), "up": (I, H), "gate_up": (2 * I, H), "down": (H, I)}
+    shapes = weight_shapes(layer)
     for name, pattern in form.weights.items():
         for role, part in encoding.parts(*shapes[name]).items():
             rows, columns = part.shape
@@ -127,26 +126,9 @@ def _sources(
                 f"{found.file}: tensor {shown(name)}: is {list(found.shape)} {found.dtype}; expected {list(shape)} of "
                 f"{' or '.join(part.dtypes)} by config.json ({encoding.label})"
             )
-        item_bytes = DTYPE_BITS[found.dtype] // 8
         for cut in cuts:
-            yield _source(layer, cut, found, item_bytes, role, part)
-
-
-def _source(layer: LayerSpec, cut: Cut, tensor: TensorInfo, item_bytes: int, role: str, part: Part) -> WeightSource:
-    rows = part.shape[0] // (2 if cut.step == 2 else 1)
-    return WeightSource(
-        layer=layer.index,
-        expert=cut.expert,
-        projection=cut.projection,
-        tensor=tensor,
-        start=cut.start * item_bytes,
-        nbytes=cut.stored[0] * cut.stored[1] * item_bytes,
-        shape=(rows if cut.step == 2 else cut.stored[0], part.shape[1]),
-        stored=cut.stored,
-        first=cut.first,
-        step=cut.step,
-        role=role,
-    )
+            rows = part.shape[0] // 2 if cut.step == 2 else cut.stored[0]
+            yield source_of(layer, cut, found, (rows, part.shape[1]), role)
 
 
 class Collector:

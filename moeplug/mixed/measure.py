@@ -130,7 +130,9 @@ def _measure_expert(task: Task, layer: LayerSpec, expert: int, weights: Weights,
     options = {option: task.expert_plans[layer.index, option] for option in task.options}
     x, w = _tokens_of(expert, sample, task.device)
     if not len(x):
-        squares = {option: _built(task, plan, weights)[1].sum_of_squares for option, plan in options.items()}
+        squares = {
+            option: _built(task, plan, weights, exact_error=True)[1].sum_of_squares for option, plan in options.items()
+        }
         return _Found(layer, expert, 0, 0.0, squares)
     ids = torch.zeros(len(x), 1, dtype=torch.int32, device=task.device)
     exact = _built(task, task.exact_plans[layer.index], weights)[0](x, w, ids)
@@ -138,9 +140,11 @@ def _measure_expert(task: Task, layer: LayerSpec, expert: int, weights: Weights,
     return _Found(layer, expert, len(x), _squares(exact), squares)
 
 
-def _built(task: Task, plan: LayerPlan, weights: Weights) -> tuple[QuantizedExperts, LayerErrors]:
+def _built(
+    task: Task, plan: LayerPlan, weights: Weights, exact_error: bool = False
+) -> tuple[QuantizedExperts, LayerErrors]:
     """Return a layer of this one expert, through all stages; plugins see it as expert 0."""
-    builder = LayerBuilder(plan, task.registry)
+    builder = LayerBuilder(plan, task.registry, exact_error=exact_error)
     for projection, weight in weights.items():
         builder.feed(projection, (0,), weight.unsqueeze(0))
     return builder.finish()

@@ -83,7 +83,7 @@ class Task:
         left_out: told of each candidate that does not fit the model or the device; None: such a one is an error.
         """
         found = find_device(device)
-        checkpoint, family = open_source(model)
+        checkpoint, family = open_source(model, registry=registry)
         uniform: dict[Candidate, Plan] = {}
         for candidate in candidates:
             scheme = candidate.scheme

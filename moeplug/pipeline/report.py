@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import resource
-import secrets
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from moeplug import __version__
-from moeplug.errors import InputOutputError
 from moeplug.moe.experts import describe
 from moeplug.pipeline.builder import LayerErrors
 from moeplug.pipeline.flow import Timings
 from moeplug.pipeline.plan import LayerPlan, Plan
 from moeplug.registry import Registry
+from moeplug.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -95,22 +94,6 @@ class Report:
         """Write the report as JSON: the whole file or nothing."""
         self.path = path
         write_whole(path, json.dumps(self.as_dict(), indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by one rename, so that nothing half-written is ever seen under its name."""
-    temporary = path.parent / f".moeplug-{secrets.token_hex(8)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("x", encoding="utf-8") as file:  # new, and 0o666 under the umask, as any file
-                file.write(text)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputOutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def provenance(plan: Plan, registry: Registry) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint, Piece, in_file_order
 from moeplug.checkpoint.record import read_record
 from moeplug.checkpoint.writer import MANIFEST
@@ -43,7 +42,7 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
     manifest = read_record(checkpoint.path)
     made, errors = manifest["made"], recorded_errors(manifest)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    family = find_family(config, registry.families())
+    family = registry.family_of(config)
     scheme = Scheme.from_text(made["scheme"]["yaml"], str(checkpoint.path / MANIFEST))
     activate_plugins(scheme, registry, device)
     layers = family.layers(config)

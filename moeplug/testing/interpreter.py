@@ -1,9 +1,10 @@
 """Run a plugin's schemes on the kernel that a GPU would get, under TRITON_INTERPRET=1, and print what is wrong as JSON.
 
     TRITON_INTERPRET=1 python -m moeplug.testing.interpreter PLUGIN
-    {"schemes": {"mine": {"float16": null, "float32": "0.02 off the reference; …"}}, "formats": {"mine": {…}}}
+    {"unable": null, "schemes": {"mine": {"float16": null, "float32": "0.02 off the reference; …"}}, "formats": {…}}
 
-null: as it should be. The interpreter is chosen when a kernel is decorated, so this is a process of its own.
+null: as it should be. unable: why the interpreter runs no fused kernel here; schemes are left out then. The
+interpreter is chosen when a kernel is decorated, so this is a process of its own.
 """
 
 from __future__ import annotations
@@ -51,6 +52,22 @@ def round_conversions() -> None:
     interpreter._convert_float = rounded
 
 
+def problem_of_interpreter() -> str | None:
+    """Return why the interpreter cannot run moeplug's fused kernel, whatever the scheme, or None.
+
+    Triton 3.6 makes a loop's end of an array of one element by int(), which NumPy refuses from 2.4 on.
+    """
+    import triton
+
+    from moeplug.testing._loaded_end import loop_kernel
+
+    try:
+        loop_kernel[(1,)](torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    except Exception as error:
+        return f"the interpreter of triton {triton.__version__} fails with NumPy {np.__version__}: {error}"
+    return None
+
+
 def problem_of_kernel(registry: WatchedRegistry, scheme: Scheme, dtype: torch.dtype) -> str | None:
     """Return how the kernel that a GPU would get differs from the reference, or None."""
     unit = fitting_shape(scheme).I // 2
@@ -89,14 +106,14 @@ def main(plugin: str) -> None:
     torch.set_num_threads(1)
     registry = WatchedRegistry.discover()
     installed = registry.activate(plugin, "the conformance kit")
-    schemes, formats = {}, {}
-    for name in installed.scheme_files():
+    unable, schemes, formats = problem_of_interpreter(), {}, {}
+    for name in installed.scheme_files() if unable is None else ():
         ask = partial(problem_of_kernel, registry, registry.scheme(name))
         schemes[name] = {str(dtype): _caught(ask, dtype) for dtype in DTYPES}
     for name in registry.manifests()[plugin].formats:
         ask = partial(problem_of_decode, registry, name)
         formats[name] = {str(dtype): _caught(ask, dtype) for dtype in registry.format(name).exact_in}
-    print(json.dumps({"schemes": schemes, "formats": formats}))
+    print(json.dumps({"unable": unable, "schemes": schemes, "formats": formats}))
 
 
 if __name__ == "__main__":

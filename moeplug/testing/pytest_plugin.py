@@ -14,7 +14,7 @@ import pytest
 
 from moeplug.testing.attestation import Attestation, describe_age
 
-pytest.register_assert_rewrite("moeplug.testing.conformance", "moeplug.testing.layers")
+pytest.register_assert_rewrite(*(f"moeplug.testing.{name}" for name in ("conformance", "layers", "under_test")))
 
 PROPERTY: Final = "moeplug conformance"
 FILE_NAME: Final = "gpu-attestation.json"
