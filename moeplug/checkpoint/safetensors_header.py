@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -119,20 +119,22 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, first_byte: int, path: Path) -> TensorInfo:
-    where = f"{path}: tensor {shown(name)}"
+    def refuse(problem: str) -> NoReturn:
+        raise CheckpointError(f"{path}: tensor {shown(name)}: {problem}")
+
     if not name.isprintable() or not name:
-        raise CheckpointError(f"{where}: a name has to be printable text")
+        refuse("a name has to be printable text")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: found {shown(entry)}, expected dtype, shape and data_offsets")
+        refuse(f"found {shown(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where}: dtype {shown(dtype)} is unknown; known: {', '.join(DTYPE_BITS)}")
+        refuse(f"dtype {shown(dtype)} is unknown; known: {', '.join(DTYPE_BITS)}")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: shape {shown(shape)} is not a list of sizes")
+        refuse(f"shape {shown(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {shown(offsets)} is not [begin, end] with begin <= end")
+        refuse(f"data_offsets {shown(offsets)} is not [begin, end] with begin <= end")
     nbytes = offsets[1] - offsets[0]
-    _require_size(where, dtype, shape, nbytes)
+    _require_size(refuse, dtype, shape, nbytes)
     return TensorInfo(name, dtype, tuple(shape), path, first_byte + offsets[0], nbytes)
 
 
@@ -141,14 +143,14 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _require_size(where: str, dtype: str, shape: list[int], nbytes: int) -> None:
+def _require_size(refuse: Callable[[str], NoReturn], dtype: str, shape: list[int], nbytes: int) -> None:
     # A zero among the sizes must not hide an overflow of the others: the safetensors library refuses that, too.
     if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] >= 2**63:
-        raise CheckpointError(f"{where}: shape {shown(shape)} is too large to exist")
+        refuse(f"shape {shown(shape)} is too large to exist")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * nbytes:
         needed = f"{bits // 8:,} bytes" if bits % 8 == 0 else f"{bits:,} bits, which do not fill whole bytes"
-        raise CheckpointError(f"{where}: {dtype} of shape {shape} needs {needed}; its data_offsets give it {nbytes:,}")
+        refuse(f"{dtype} of shape {shape} needs {needed}; its data_offsets give it {nbytes:,}")
 
 
 def _require_exact_tiling(tensors: list[TensorInfo], first_byte: int, file_bytes: int, path: Path) -> None:

@@ -22,9 +22,17 @@ from moeplug.moe.layout import LayerSpec, Projection, buffer_name
 from moeplug.pipeline.allocate import allocate
 from moeplug.pipeline.create_scales import ScaleStore, create_scales
 from moeplug.pipeline.load import check_weights, load, refuse_not_finite, refuse_plugins_not_finite
-from moeplug.pipeline.quantize import quantize
+from moeplug.pipeline.quantize import quantize, quantize_by_plugin
 from moeplug.pipeline.setup_kernel import PipelineBinder
-from moeplug.quantization import Scales, decode, dequantized, encode, in_scale_dtype, squared_error
+from moeplug.quantization import (
+    Scales,
+    decode,
+    dequantized,
+    encode,
+    in_scale_dtype,
+    largest_magnitude,
+    squared_error,
+)
 from moeplug.registry import Registry
 from moeplug.spec import WeightSpec
 
@@ -269,6 +277,7 @@ class _GroupBuilder:
         self._store: ScaleStore | None = None
         self._biases: dict[str, Tensor] = {}
         self._direct: dict[Projection, DirectWeights | None] = {}
+        self._plugin_quantizes = registry.answers(ctx.plugin, "quantize")
 
     def feed(
         self, projection: Projection, slot: int, experts: Sequence[int], tensor: Tensor, origins: Sequence[str],
@@ -282,15 +291,25 @@ class _GroupBuilder:
         store = self._prepared()
         begin = time.perf_counter()
         direct = self._directly(projection, store, step)
-        if direct is not None:
+        if direct is not None and not self._plugin_quantizes:
             check_weights(ctx, projection, experts, tensor, origins[0])
             direct.quantize(slot, tensor)
             seconds.quantize += time.perf_counter() - begin
             return None
-        ready, peaks = load(registry, ctx, projection, experts, tensor, origins)
-        checked = time.perf_counter()
         out = self._views[projection][slot : slot + len(experts)]
-        scales = quantize(registry, ctx, projection, experts, ready, out)
+        if direct is None:
+            ready, peaks = load(registry, ctx, projection, experts, tensor, origins)
+            checked = time.perf_counter()
+            scales = quantize(registry, ctx, projection, experts, ready, out)
+        else:
+            check_weights(ctx, projection, experts, tensor, origins[0])
+            by_plugin = quantize_by_plugin(registry, ctx, projection, experts, tensor, out)
+            if by_plugin is None:
+                direct.quantize(slot, tensor)
+                seconds.quantize += time.perf_counter() - begin
+                return None
+            ready, peaks, scales = tensor, largest_magnitude(tensor)[:, None].expand(-1, 2), by_plugin
+            checked = begin
         store.put(projection, slot, scales)
         quantized = time.perf_counter()
         squares = squared_error(ready, out, scales, ctx.format(projection), ctx.layout.words(projection), step)
@@ -306,10 +325,13 @@ class _GroupBuilder:
                 yield projection, [self.ctx.experts[slot] for slot in direct.slots], *direct.measured()
 
     def _directly(self, projection: Projection, store: ScaleStore, step: int) -> DirectWeights | None:
-        """Return what quantizes on a GPU in place, where no plugin and no observer has a part in stages 2 and 3."""
+        """Return what quantizes on a GPU in place what is left to the core; None where others have to see more of it.
+
+        Observers see every stage, and what a plugin's stage load returns is looked at.
+        """
         if projection not in self._direct:
             ctx, spec, out = self.ctx, self.ctx.spec(projection), self._views[projection]
-            asked = self._registry.observers or any(self._registry.answers(ctx.plugin, s) for s in ("load", "quantize"))
+            asked = self._registry.observers or self._registry.answers(ctx.plugin, "load")
             made = None
             if out.device.type == "cuda" and spec is not None and not asked:
                 from moeplug.kernels import weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,20 +20,38 @@ def quantize(
 ) -> Scales:
     """Fill out (B, N, K') from tensor (B, N, K) and return the scales of these B expert weights."""
 
-    def default() -> Scales:
+    def core() -> Scales:
         spec, fmt = ctx.spec(projection), ctx.format(projection)
         if spec is None:
             fmt.encode(tensor, out)
             return Scales()
         return quantization.quantize(tensor, spec, fmt, out, ctx.layout.words(projection))
 
+    scales = _ask(registry, ctx, projection, experts, tensor, out, core)
+    assert scales is not None
+    return scales
+
+
+def quantize_by_plugin(
+    registry: Registry, ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, out: Tensor
+) -> Scales | None:
+    """Do what `quantize` does, if the plugin's hook does it; None: it leaves these weights to the core."""
+    return _ask(registry, ctx, projection, experts, tensor, out, lambda: None)
+
+
+def _ask(
+    registry: Registry, ctx: StageContext, projection: Projection, experts: Sequence[int], tensor: Tensor, out: Tensor,
+    core: Callable[[], Scales | None],
+) -> Scales | None:  # fmt: skip
+    """Return the plugin's scales, checked, or what the core returns."""
     try:
         scales = registry.call(
-            "quantize", ctx, default, projection=projection, experts=tuple(experts), tensor=tensor, out=out
+            "quantize", ctx, core, projection=projection, experts=tuple(experts), tensor=tensor, out=out
         )
     except SchemeError as error:
         raise SchemeError(f"layer {ctx.layer.index}, experts {list(experts)}, {projection}: {error}") from error
-    _check(ctx, projection, scales, out)
+    if scales is not None:
+        _check(ctx, projection, scales, out)
     return scales  # type: ignore[no-any-return]
 
 
