@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moeplug.checkpoint.config_values import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
     MAX_SIZE,
     activation,
     flag,
@@ -94,7 +96,7 @@ class Family:
 
     def _layer(self, config: Mapping[str, Any], index: int) -> LayerSpec:
         sizes = self.descriptor.sizes
-        experts = integer(config, sizes.experts, "experts", 1, index)
+        experts = integer(config, sizes.experts, "experts", 1, index, MAX_EXPERTS)
         per_token = integer(config, sizes.experts_per_token, "experts per token", 1, index)
         if per_token > experts:
             raise CheckpointError(f"config.json: {per_token} experts per token, but only {experts} experts")
@@ -112,7 +114,7 @@ class Family:
         )
 
     def _layer_count(self, config: Mapping[str, Any]) -> int:
-        return integer(config, self.descriptor.sizes.layers, "layers", 1)
+        return integer(config, self.descriptor.sizes.layers, "layers", 1, most=MAX_LAYERS)
 
     def _moe_indices(self, config: Mapping[str, Any], count: int) -> list[int]:
         rule = self.descriptor.moe_layers
