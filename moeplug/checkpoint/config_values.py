@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from moeplug.checkpoint.descriptor import (
+    MAX_SIZE,
     Activation,
     Condition,
     ConfigFlag,
@@ -18,11 +19,6 @@ from moeplug.checkpoint.descriptor import (
 from moeplug.checkpoint.files import shown
 from moeplug.errors import CheckpointError
 from moeplug.moe.layout import ACTIVATIONS
-
-MAX_SIZE: Final = 1_000_000  # no model has more columns
-# Far above any model, and soon looked through: a file may claim a million, and refusing that took over 10 s.
-MAX_LAYERS: Final = 1_000
-MAX_EXPERTS: Final = 16_384
 
 # config.json's names of activations → ours. gelu_new is the same formula as gelu_pytorch_tanh.
 ACTIVATION_NAMES: Final[Mapping[str, str]] = {
