@@ -29,6 +29,7 @@ FORBIDDEN = (
     "os.kill", "os.putenv", "shutil.", "tempfile.",
 )  # fmt: skip
 HARMLESS = ("code.__new__",)  # made by every `replace` of a code object, and runs nothing
+PLUGINS = "moeplug"  # moeplug itself, and the official plugins: moeplug_int8 and so on
 MOST = 5  # that are written down: one import is hundreds of events
 # What the kernel says of this machine: torch and the planner ask it for cores and memory.
 SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
@@ -39,6 +40,10 @@ def _code_folders() -> tuple[str, ...]:
     paths = {*sysconfig.get_paths().values(), *site.getsitepackages(), sys.base_prefix, sys.prefix, str(ROOT)}
     paths |= {path for path in sys.path if path.endswith("site-packages")}
     return tuple(sorted(map(os.path.realpath, paths)))
+
+
+def _top_modules() -> set[str]:
+    return {name.partition(".")[0] for name in sys.modules}
 
 
 class Guard:
@@ -52,14 +57,29 @@ class Guard:
         self.found: list[tuple[str, str]] = []
         self.code = _code_folders()
         self.readable = (os.path.realpath(folder), *self.code)
-        self.importable = {name.partition(".")[0] for name in sys.modules} | set(imports)
+        self.importable = _top_modules() | set(imports)
         self.on = True
         sys.addaudithook(self._hook)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Write nothing down meanwhile: for what the test itself does."""
-        before, self.on = self.on, False
+        with self._switched(False):
+            yield
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Write down again, within `paused`; what is imported by now may be imported."""
+        self.importable |= _top_modules()
+        with self._switched(True):
+            yield
+        # importlib.import_module, which imports by a name in data, causes no import event.
+        if new := [name for name in _top_modules() - self.importable if not name.startswith(PLUGINS)]:
+            self.found.append(("import", ", ".join(new)))
+
+    @contextlib.contextmanager
+    def _switched(self, on: bool) -> Iterator[None]:
+        before, self.on = self.on, on
         try:
             yield
         finally:
@@ -72,7 +92,7 @@ class Guard:
             wrong = not self._may_open(arguments)
         elif event == "import":
             top = arguments[0].partition(".")[0]
-            wrong = top not in self.importable and not top.startswith("moeplug")  # plugins are called moeplug_int8
+            wrong = top not in self.importable and not top.startswith(PLUGINS)
         elif event in ("exec", "compile"):
             wrong = not self._is_code_of_ours(arguments)
         else:
@@ -102,10 +122,16 @@ class Guard:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Die by SIGALRM if the body takes longer, even inside C code; the stacks of all threads go to stderr first."""
-    faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Die by a signal if the body computes for longer, even inside C code; all threads' stacks go to stderr first.
+
+    Seconds are those of this process, because others may have the machine; waiting ends after twelve times as many.
+    """
+    timers = (signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, 12 * seconds)
+    for timer, number, limit in timers:
+        faulthandler.register(number, all_threads=True, chain=True)
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer, *_ in timers:
+            signal.setitimer(timer, 0)

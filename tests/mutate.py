@@ -108,6 +108,23 @@ def _places(tree: list[Any]) -> Iterator[tuple[list[Any], int]]:
             yield from _places(inner)
 
 
+def each_string_replaced(tree: Any, new: str) -> Iterator[tuple[str, Any]]:
+    """Yield (which, the tree) with each string of it, key or value, replaced in turn; always the same tree."""
+    for owner, i in list(_places([tree])):
+        old = owner[i]
+        if isinstance(owner, Pairs):
+            key, value = old
+            owner[i] = (new, value)
+            yield f"key {key!r}", tree
+            if isinstance(value, str):
+                owner[i] = (key, new)
+                yield f"value of {key!r}", tree
+        elif isinstance(old, str):
+            owner[i] = new
+            yield f"item {old!r}", tree
+        owner[i] = old
+
+
 PIECES = [bytes([byte]) for byte in b' 09-",:{}[]#\\\t\n\0\xff'] + [b"1e1", b"null"]
 
 
