@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from moeplug.checkpoint.family import find_family
-from moeplug.checkpoint.files import counted, listed, read_exactly, shown
+from moeplug.checkpoint.files import counted, listed, read_exactly
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.checkpoint.record import read_record
 from moeplug.checkpoint.writer import MANIFEST, OutputTensor, in_shards, is_as_recorded
-from moeplug.errors import CheckpointError, UsageError, VerificationError
-from moeplug.exporting import FORMS, ExpertWriting, LayerWriting, Writing, form_of, layouts_of
+from moeplug.errors import UsageError, VerificationError
+from moeplug.exporting import ExpertWriting, LayerWriting, Writing, form_of, layouts_of
 from moeplug.pipeline import Progress, one_torch_thread, torch_dtype
 from moeplug.pipeline.builder import LayerErrors
 from moeplug.pipeline.plan import Plan, activate_plugins, plan_model
@@ -67,10 +67,6 @@ def verify(
         if source.fingerprint() != manifest["made"]["source"]["sha256_of_headers"]:
             _refuse(folder, [f"{source.path} is not the model it was made from: config, headers or sizes differ"])
         made, registry = manifest["made"], registry or Registry.discover()
-        if made["format"] not in FORMS:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: format {shown(made['format'])} is not one of {', '.join(FORMS)}; export it again"
-            )
         comparing = _comparing(_plan_again(source, made, registry, device or torch.device("cpu")), registry, made)
         _refuse(folder, list(_of_tensors([t for item in comparing.items for t in item.tensors], export)))
         shards = in_shards([item.tensors for item in comparing.items], made["shard_bytes"])
