@@ -30,7 +30,7 @@ from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.memory import TORCH_DTYPES
 from moeplug.checkpoint.reader import CONFIG, INDEX, PICKLE_SUFFIXES, Checkpoint, Piece, in_file_order
 from moeplug.checkpoint.writer import MANIFEST, FileLayer, OutputFile, OutputShard, OutputTensor, Staging, in_shards
-from moeplug.errors import CheckpointError, RefusedError, SchemeError, UsageError
+from moeplug.errors import RefusedError, SchemeError, UsageError
 from moeplug.hookspecs import StageContext
 from moeplug.integrations.compressed_tensors import CompressedTensors
 from moeplug.integrations.fp8_checkpoints import Fp8Checkpoints
@@ -439,7 +439,7 @@ def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
                     "known; use --format moeplug"
                 )
     if form not in PER_EXPERT:  # of a moeplug.json
-        raise CheckpointError(f"format {form[:60]!r} is not one of {', '.join(FORMS)}; export the model again")
+        raise UsageError(f"format {form[:60]!r} is not one of {', '.join(FORMS)}; export the model again")
     return PER_EXPERT[form](contexts)
 
 
