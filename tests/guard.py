@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import site
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -35,10 +34,9 @@ SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 
 def _code_folders() -> tuple[str, ...]:
-    """Return where Python, the installed packages and this checkout lie."""
-    paths = {*sysconfig.get_paths().values(), *site.getsitepackages(), sys.base_prefix, sys.prefix, str(ROOT)}
-    paths |= {path for path in sys.path if path.endswith("site-packages")}
-    return tuple(sorted(map(os.path.realpath, paths)))
+    """Return where Python, the installed packages (sys.path has those of editable ones) and this checkout lie."""
+    paths = {*sysconfig.get_paths().values(), *sys.path, sys.base_prefix, sys.prefix, str(ROOT)}
+    return tuple(sorted(os.path.realpath(path) for path in paths if path))
 
 
 def _top_modules() -> set[str]:

@@ -300,9 +300,9 @@ def guarded(folder: Path, canary: Path) -> tuple[Guard, Path]:
     modules.mkdir()
     work.mkdir()
     (modules / "canary_module.py").write_text(f"open({str(canary)!r}, 'w').close()\nrun = Run = Config = print\n")
-    sys.path.append(str(modules))
     os.chdir(work)
     guard = Guard(work)
+    sys.path.append(str(modules))
     guard.readable += (str(modules),)  # finding a module lists the folders of sys.path
     return guard, work
 
