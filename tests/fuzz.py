@@ -334,8 +334,8 @@ class Yaml(Target):
         from moeplug.manifest import check_scheme
         from moeplug.scheme import Scheme
 
-        scheme = Scheme.from_file(path, self.registry.scheme_files())
-        check_scheme(scheme, self.registry.manifests())
+        scheme = Scheme.from_file(path, self.installed)
+        check_scheme(scheme, self.manifests)
         scheme.weights_for(1, 1, "gate")
         if Scheme.from_text(scheme.to_yaml()).sha256 != scheme.sha256:
             raise Wrong(f"written and read again it means something else:\n{scheme.to_yaml()}")
@@ -360,6 +360,16 @@ class Yaml(Target):
             family.router(CONFIG, layer.index)
             family.dummy_tensors(layer)
             family.locate(layer, tensors)
+
+    @functools.cached_property
+    def installed(self) -> Any:
+        """The installed schemes, for `extends:`."""
+        return self.registry.scheme_files()
+
+    @functools.cached_property
+    def manifests(self) -> Any:
+        """The plugin.yaml of each installed plugin."""
+        return self.registry.manifests()
 
     @functools.cached_property
     def registry(self) -> Any:
