@@ -438,6 +438,8 @@ def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
                     f"plugin {plugin!r} answers stage {stage} itself, so what {form} would say of its weights is not "
                     "known; use --format moeplug"
                 )
+    if form not in PER_EXPERT:  # of a moeplug.json
+        raise UsageError(f"format {form[:60]!r} is not one of {', '.join(FORMS)}; export the model again")
     return PER_EXPERT[form](contexts)
 
 

@@ -9,9 +9,11 @@ A scheme is data: no key holds a path, an import or a regular expression.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -294,7 +296,18 @@ def _file_hint(name: str) -> str:
 
 
 def _within(number: int, ranges: str | None) -> bool:
-    return ranges is None or any(first <= number <= last for first, last in parse_ranges(ranges))
+    if ranges is None:
+        return True
+    firsts, lasts = _sorted_spans(ranges)
+    at = bisect.bisect_right(firsts, number)
+    return at > 0 and number <= lasts[at - 1]
+
+
+@functools.lru_cache(maxsize=256)
+def _sorted_spans(text: str) -> tuple[list[int], list[int]]:
+    """Return where ranges begin, sorted, and the last number of all ranges up to each: a file may hold 500,000."""
+    spans = sorted(parse_ranges(text))
+    return [first for first, _ in spans], list(itertools.accumulate((last for _, last in spans), max))
 
 
 def _with_parents(document: Document, source: Path | None, installed: Mapping[str, Path]) -> Document:

@@ -329,6 +329,16 @@ def test_a_wrong_value_in_config_json_is_named_with_what_was_expected(
 # Rows 17 to 20, 23 and 24: tensors that are not what config.json says
 
 
+@pytest.mark.parametrize("digits", ["9" * 5000, "٣"], ids=["5000_digits", "arabic_three"])
+def test_a_name_with_a_number_that_no_layer_has_is_kept_under_its_name(digits: str) -> None:
+    name = f"model.layers.{digits}.norm.weight"
+    tensors = {name: TensorInfo(name, "BF16", (1,), Path("a.safetensors"), 0, 2)}
+    for family in known_families():
+        assert family.joined([name]) == {}
+        assert not family._is_ignored(name, 3)
+    assert list(known_families()[0].unclaimed(tensors, ())) == [tensors[name]]
+
+
 def test_a_missing_projection_of_one_expert_is_named(damaged: Path) -> None:
     name = "model.layers.2.mlp.experts.5.down_proj.weight"
     change_tensors(damaged, lambda tensors: tensors.pop(name))
@@ -512,6 +522,9 @@ BAD_DESCRIPTORS: dict[str, tuple[str, str, str]] = {
         "for gate_up, which holds both",
     ),
     "one_name_twice": ("experts.gate_up_proj", "experts.down_proj", "the same name"),
+    "too_many_experts": ("experts: {key: num_local_experts}", "experts: 100000000000000000", "at most 16384"),
+    "period_of_nothing": ("activation: silu", "activation: silu\nmoe_layers: {period: 0}", "at least 1"),
+    "layers_below_0": ("activation: silu", "activation: silu\nmoe_layers: {first: -3}", "at least 0"),
     "size_is_text": ("hidden: {key: hidden_size}", "hidden: hidden_size", "hidden"),
     "score": ("score: softmax", "score: softermax", "softermax"),
     "not_yaml": ("api: 1", "api: [", "YAML"),

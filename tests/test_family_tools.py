@@ -115,6 +115,24 @@ def test_plan_drafts_a_descriptor_for_an_unknown_model_type_and_load_takes_it_wh
     assert json.loads(out)["model_type"] == "mine"
 
 
+@pytest.mark.parametrize(
+    ("layer", "changed"),
+    [("9" * 5000, {}), ("99999999", {"num_hidden_layers": None}), ("1", {"num_hidden_layers": 10**17})],
+    ids=["5000_digits", "eight_digits", "a_config_of_10**17_layers"],
+)
+def test_a_draft_takes_no_number_from_a_file_for_the_length_of_a_list(tiny_checkpoint, layer, changed):
+    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    name = f"model.layers.{layer}.mlp.experts.1.up_proj.weight"
+    tensors = {**checkpoint.tensors, name: next(iter(checkpoint.tensors.values()))}
+    assert draft(checkpoint.config | changed, tensors) == draft(checkpoint.config, checkpoint.tensors)
+
+
+def test_experts_that_do_not_begin_at_0_are_drafted_too(tiny_checkpoint):
+    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if ".experts.0." not in name}
+    assert draft(checkpoint.config, tensors) == draft(checkpoint.config, checkpoint.tensors)
+
+
 def test_an_unproven_family_of_a_plugin_is_refused_until_it_is_named(renamed, tmp_path, monkeypatch):
     text = their_descriptor(tmp_path).read_text() + "unproven: true\n"
     install(tmp_path / "site", monkeypatch, text)

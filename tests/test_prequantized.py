@@ -265,6 +265,36 @@ def test_a_way_that_is_not_read_is_refused(tiny_checkpoint, tmp_path, config, ex
     assert expected in str(caught.value)
 
 
+BLOCK = {"type": "float", "num_bits": 8, "strategy": "block"}
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"quant_method": "compressed-tensors", "config_groups": ["Linear"]}, "config_groups"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": ["Linear"]}}, "config_groups.g"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": "int8"}}},
+            "config_groups.g.weights",
+        ),
+        (compressed_tensors("int-quantized", type="int", num_bits=[8]), "weights.num_bits"),
+        (compressed_tensors("pack-quantized", **INT4, strategy="group", group_size=1), "group_size"),
+        (compressed_tensors("float-quantized", **BLOCK), "needs block_structure"),
+        (compressed_tensors("float-quantized", **BLOCK, block_structure="128x128"), "weights.block_structure"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "block_structure.1"),
+        ({"quant_method": "fp8", "weight_block_size": "128"}, "block_structure"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "block_structure.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_quantization_config_with_a_wrong_value_is_refused_with_its_key(tiny_checkpoint, tmp_path, config, key):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_json(folder / "config.json", lambda data: data.update(quantization_config=config))
+    with pytest.raises(CheckpointError, match=r"^config\.json: 'quantization_config") as caught:
+        moeplug.plan(folder, "int8", device="cpu")
+    assert key in str(caught.value)
+
+
 def test_a_missing_scale_and_a_wrong_shape_are_named(stored):
     _, folder, spec = stored("int8")
     name = "model.layers.2.mlp.experts.5.up_proj.weight_scale"

@@ -1,9 +1,8 @@
-"""A file whose header does not describe it to the byte is refused, and always when safetensors refuses it."""
+"""A file whose header does not describe it to the byte is refused; test_fuzz.py has what safetensors refuses."""
 
 from __future__ import annotations
 
 import os
-import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import helpers
 import pytest
-from safetensors import safe_open
 
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.errors import CheckpointError
@@ -108,107 +106,3 @@ def test_what_is_no_safetensors_file_is_recognised_and_said(damaged: Path, case:
     content, expected = NOT_SAFETENSORS[case]
     (damaged / "model.safetensors").write_bytes(content)
     assert expected in refusal(damaged)
-
-
-# Never laxer than the safetensors library
-
-
-SMALL_FILE = {
-    "__metadata__": {"format": "pt", "é": 'quote " and \\'},
-    "a.weight": entry(0, 16, "BF16", [2, 4]),
-    "b": entry(16, 20, "F32", []),
-    "empty": entry(20, 20, "I64", [0, 7]),
-    "c": entry(20, 26, "F4", [3, 4]),
-}
-
-
-def mutant_of(content: bytes, chance: random.Random) -> bytes:
-    """Return the file with one to three small changes, most of them in the header's JSON."""
-    length = int.from_bytes(content[:8], "little")
-    header, data = bytearray(content[8 : 8 + length]), bytearray(content[8 + length :])
-    stated = length
-    for _ in range(chance.randint(1, 3)):
-        at = chance.randrange(len(header) + 1)
-        kind = chance.randrange(9)
-        if kind == 0:
-            header[at : at + 1] = bytes([chance.randrange(256)])
-        elif kind == 1:
-            header[at : at + chance.randint(1, 8)] = b""
-        elif kind == 2:
-            header[at:at] = chance.choice([b" ", b"0", b"-", b"9", b'"', b",", b"{", b"}", b"[", b"1e1", b"\t", b"\0"])
-        elif kind == 3:
-            begin = chance.randrange(len(header))
-            header[at:at] = header[begin : begin + chance.randint(1, 60)]
-        elif kind == 4:
-            data = data[: chance.randrange(len(data) + 1)] if chance.random() < 0.5 else data + b"\0"
-        elif kind == 5:
-            old, new = chance.choice([(b"BF16", b"F32"), (b"0", b"-0"), (b"[", b"[0,"), (b"16", b"15"), (b"F4", b"F5")])
-            header = header.replace(old, new, 1)
-        elif kind == 6:
-            header += chance.choice([b" ", b"\n", b"\0", b"x"])
-        elif kind == 7:
-            stated = chance.choice([length + 1, length - 1, 2**63, 2**64 - 1, 0])
-        else:
-            digits = [i for i, byte in enumerate(header) if chr(byte).isdigit()]
-            if digits:
-                header[chance.choice(digits)] = ord(chance.choice("0123456789"))
-    if stated == length:
-        stated = len(header)
-    return stated.to_bytes(8, "little") + bytes(header) + bytes(data)
-
-
-def accepted_by_safetensors(path: Path) -> bool:
-    try:
-        with safe_open(path, "np") as opened:
-            list(opened.keys())
-    except Exception:
-        return False
-    return True
-
-
-def accepted_by_moeplug(folder: Path) -> bool:
-    try:
-        Checkpoint.open(folder)
-    except CheckpointError:
-        return False
-    return True
-
-
-def compare_mutants(folder: Path, content: bytes, count: int, seed: int) -> None:
-    chance = random.Random(seed)
-    path = folder / "model.safetensors"
-    refused = accepted = 0
-    for number in range(count):
-        mutant = mutant_of(content, chance)
-        path.write_bytes(mutant)
-        theirs, ours = accepted_by_safetensors(path), accepted_by_moeplug(folder)
-        assert theirs or not ours, f"mutant {number}: safetensors refuses it, moeplug does not: {mutant[:400]!r}"
-        refused += not theirs
-        accepted += ours
-    assert refused > count // 2
-    assert accepted > 0
-
-
-@pytest.fixture
-def small_file(tmp_path: Path) -> bytes:
-    (tmp_path / "config.json").write_text("{}")
-    helpers.write_raw(tmp_path / "model.safetensors", SMALL_FILE, bytes(range(26)))
-    assert accepted_by_safetensors(tmp_path / "model.safetensors")
-    assert accepted_by_moeplug(tmp_path)
-    return (tmp_path / "model.safetensors").read_bytes()
-
-
-def test_every_mutant_that_safetensors_refuses_is_refused(
-    small_file: bytes, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    compare_mutants(tmp_path, small_file, 250, seed=1)
-    shard = helpers.shard_files(tiny_checkpoint("olmoe", shards=3))[-1]
-    compare_mutants(tmp_path, shard.read_bytes(), 50, seed=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_every_one_of_many_mutants_that_safetensors_refuses_is_refused(
-    small_file: bytes, tmp_path: Path, seed: int
-) -> None:
-    compare_mutants(tmp_path, small_file, 10_000, seed=100 + seed)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moeplug.errors import InputOutputError, SchemeError
 from moeplug.manifest import Manifest, check_scheme
-from moeplug.scheme import Scheme, find_scheme, parse_ranges
+from moeplug.scheme import Override, Scheme, find_scheme, parse_ranges
 from moeplug.spec import ActivationSpec, WeightSpec
 from moeplug.yaml_marks import fail
 
@@ -129,6 +129,8 @@ def test_ranges_hold_exactly_the_numbers_between_their_ends(pairs: list[list[int
     text = ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in pairs)
     held = {n for first, last in parse_ranges(text) for n in range(first, last + 1)}
     assert held == {n for a, b in pairs for n in range(a, b + 1)}
+    override = Override.model_validate({"layers": text, "weights": None})
+    assert held == {n for n in range(-1, 101) if override.selects(n, 0)}
 
 
 def test_an_override_knows_what_it_selects() -> None:

@@ -171,6 +171,7 @@ def put(path, value):
         (("api",), 2, "is not the manifest of an export, api 1"),
         (("files",), [], "is not the manifest of an export, api 1"),
         (("made",), {}, "made.format"),
+        (("made", "format"), "gguf", "format 'gguf' is not one of compressed-tensors"),
         (("made", "scheme", "yaml"), 3, "made.scheme.yaml"),
         (("made", "scheme", "yaml"), "api: 1", "name"),
         (("made", "dtypes"), {}, "knows nothing of layer 0"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from moeplug.checkpoint.descriptor import (
+    MAX_SIZE,
     Activation,
     Condition,
     ConfigFlag,
@@ -18,8 +19,6 @@ from moeplug.checkpoint.descriptor import (
 from moeplug.checkpoint.files import shown
 from moeplug.errors import CheckpointError
 from moeplug.moe.layout import ACTIVATIONS
-
-MAX_SIZE: Final = 1_000_000  # no model has more layers, experts or columns
 
 # config.json's names of activations → ours. gelu_new is the same formula as gelu_pytorch_tanh.
 ACTIVATION_NAMES: Final[Mapping[str, str]] = {
@@ -49,20 +48,27 @@ def value_at(config: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def integer(config: Mapping[str, Any], source: int | ConfigInteger, what: str, least: int, layer: int = 0) -> int:
+def integer(
+    config: Mapping[str, Any],
+    source: int | ConfigInteger,
+    what: str,
+    least: int,
+    layer: int = 0,
+    most: int = MAX_SIZE,
+) -> int:
     """Return a whole number; layer: which one of a list with one for each layer."""
     if isinstance(source, int):
         return source
     if source.instead is not None and value_at(config, source.instead) is not None:
         source = ConfigInteger(key=source.instead)
-    expected = f"the {what}, a whole number from {least:,} to {MAX_SIZE:,}"
+    expected = f"the {what}, a whole number from {least:,} to {most:,}"
     lengths = [len(found) for key in source.length_of if isinstance(found := value_at(config, key), list | str)]
     if lengths:
         source = source.model_copy(update={"default": lengths[0]})
     value = _lookup(config, source, expected)
     if isinstance(value, list) and layer < len(value):
         value = value[layer]
-    right = type(value) is int and least <= value <= MAX_SIZE  # type(): true is an int to Python
+    right = type(value) is int and least <= value <= most  # type(): true is an int to Python
     return int(_expect(right, value, source, expected))
 
 

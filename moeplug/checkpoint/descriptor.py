@@ -6,7 +6,7 @@ one whole segment; they are compared segment by segment and never become regular
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,11 +24,22 @@ from moeplug.moe.layout import ACTIVATIONS
 
 LAYER, EXPERT, EXTRA = "{layer}", "{expert}", "{extra}"
 
+MAX_SIZE: Final = 1_000_000  # no model has more columns
+# Far above any model, and soon looked through: a file may claim a million, and refusing that took over 10 s.
+MAX_LAYERS: Final = 1_000
+MAX_EXPERTS: Final = 16_384
+
 
 def expand(pattern: str, layer: int, expert: int | None = None) -> str:
     """Return the tensor name that a pattern gives for a layer and an expert."""
     values = {LAYER: str(layer), EXPERT: str(expert)}
     return ".".join(values.get(segment, segment) for segment in pattern.split("."))
+
+
+def index_of(segment: str) -> int | None:
+    """Return the layer or expert that a segment of a tensor name is; None where it is no number, or has 5 digits."""
+    # Names are a file's text: Python makes no number of 5,000 digits, and lists are as long as a layer's number.
+    return int(segment) if len(segment) <= 4 and segment.isascii() and segment.isdecimal() else None
 
 
 def folder_of(pattern: str) -> tuple[str, ...]:
@@ -129,7 +140,11 @@ class ConfigText(Strict):
     values: dict[StrictStr, StrictStr] | None = None
 
 
-Integer = StrictInt | ConfigInteger
+Integer = Annotated[StrictInt, Field(ge=-MAX_SIZE, le=MAX_SIZE)] | ConfigInteger
+Index = Annotated[StrictInt, Field(ge=0, le=MAX_SIZE)] | ConfigInteger
+Count = Annotated[StrictInt, Field(ge=1, le=MAX_SIZE)] | ConfigInteger
+Layers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)] | ConfigInteger
+Experts = Annotated[StrictInt, Field(ge=1, le=MAX_EXPERTS)] | ConfigInteger
 Number = StrictInt | StrictFloat | ConfigNumber
 Flag = StrictBool | ConfigFlag
 
@@ -137,11 +152,11 @@ Flag = StrictBool | ConfigFlag
 class Sizes(Strict):
     """Where config.json says how large a model is."""
 
-    layers: Integer
-    experts: Integer
-    experts_per_token: Integer
-    hidden: Integer
-    intermediate: Integer
+    layers: Layers
+    experts: Experts
+    experts_per_token: Count
+    hidden: Count
+    intermediate: Count
 
 
 class Activation(Strict):
@@ -170,9 +185,9 @@ class MoeLayers(Strict):
 
     listed: Name | None = None
     kinds: list[Condition] = Field(default_factory=list)
-    period: Integer = 1
+    period: Count = 1
     offset: Integer = 0
-    first: Integer = 0
+    first: Index = 0
     last: Integer = -1
     excepted: list[StrictInt] | ConfigIntegers = Field(default_factory=list, alias="except")
 
@@ -253,8 +268,8 @@ def _given(names: DiskForm | Biases) -> dict[str, str]:
 class Groups(Strict):
     """Experts are chosen from the best groups alone. when: groups count only there."""
 
-    count: Integer
-    kept: Integer
+    count: Count
+    kept: Count
     score: Literal["max", "top2_sum"]
     when: Condition | None = None
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moeplug.checkpoint.config_values import (
-    MAX_SIZE,
     activation,
     flag,
     holds,
@@ -27,7 +26,19 @@ from moeplug.checkpoint.config_values import (
     section_of,
     value_at,
 )
-from moeplug.checkpoint.descriptor import EXTRA, LAYER, ConfigIntegers, Descriptor, expand, folder_of, lies_in
+from moeplug.checkpoint.descriptor import (
+    EXTRA,
+    LAYER,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    ConfigIntegers,
+    Descriptor,
+    expand,
+    folder_of,
+    index_of,
+    lies_in,
+)
 from moeplug.checkpoint.encoded import Encoding, locate_encoded
 from moeplug.checkpoint.files import counted, listed, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES, WeightSource, as_shapes_tell, by_piece, expected_tensors, locate
@@ -94,7 +105,7 @@ class Family:
 
     def _layer(self, config: Mapping[str, Any], index: int) -> LayerSpec:
         sizes = self.descriptor.sizes
-        experts = integer(config, sizes.experts, "experts", 1, index)
+        experts = integer(config, sizes.experts, "experts", 1, index, MAX_EXPERTS)
         per_token = integer(config, sizes.experts_per_token, "experts per token", 1, index)
         if per_token > experts:
             raise CheckpointError(f"config.json: {per_token} experts per token, but only {experts} experts")
@@ -112,7 +123,7 @@ class Family:
         )
 
     def _layer_count(self, config: Mapping[str, Any]) -> int:
-        return integer(config, self.descriptor.sizes.layers, "layers", 1)
+        return integer(config, self.descriptor.sizes.layers, "layers", 1, most=MAX_LAYERS)
 
     def _moe_indices(self, config: Mapping[str, Any], count: int) -> list[int]:
         rule = self.descriptor.moe_layers
@@ -172,7 +183,7 @@ class Family:
         for pattern in self.descriptor.ignore:
             wanted = pattern.split(".")
             if len(segments) >= len(wanted) and all(
-                found.isdecimal() and int(found) >= count if want == EXTRA else want in (LAYER, found)
+                (index_of(found) or 0) >= count if want == EXTRA else want in (LAYER, found)
                 for want, found in zip(wanted, segments, strict=False)
             ):
                 return True
@@ -220,7 +231,8 @@ class Family:
         """Return memory name → names on disk of tensors that are one in memory, in order, of those that are there."""
         found = {}
         for rule in self.descriptor.transformers.join:
-            for layer in {int(part) for name in names for part in name.split(".") if part.isdecimal()}:
+            numbers = {index_of(part) for name in names for part in name.split(".")}
+            for layer in (found for found in numbers if found is not None):
                 parts = [expand(pattern, layer) for pattern in rule.source]
                 if all(part in names for part in parts):
                     found[expand(rule.to, layer)] = parts

@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from moeplug.checkpoint.config_values import value_at
-from moeplug.checkpoint.descriptor import EXPERT, LAYER
+from moeplug.checkpoint.descriptor import EXPERT, LAYER, MAX_LAYERS, index_of
 from moeplug.checkpoint.safetensors_header import TensorInfo
 
 # What published checkpoints call the parts of an expert.
@@ -86,7 +86,7 @@ def _patterns(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, set[int
 def _readings(name: str) -> Iterator[tuple[str, str, int]]:
     """Yield (part, pattern, layer) where a tensor's name looks like an expert's."""
     segments = name.split(".")
-    numbers = [i for i, segment in enumerate(segments) if segment.isdecimal()]
+    numbers = [i for i, segment in enumerate(segments) if index_of(segment) is not None]
     is_expert = any(re.fullmatch(r"(local_|routed_)?experts?", segment) for segment in segments)
     words = [segment for segment in segments if segment not in ("weight", "bias")]
     last, is_bias = words[-1], segments[-1] == "bias" or words[-1].endswith("_bias")
@@ -112,7 +112,8 @@ def _has(values: Mapping[str, Any], keys: Sequence[str]) -> bool:
 def _layer_rule(layers: Sequence[int], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the simplest rule that gives these layers of those that config.json counts."""
     count = value_at(values, _key(values, SIZES["layers"]))
-    every = list(range(count if isinstance(count, int) else max(layers) + 1))
+    known = isinstance(count, int) and max(layers) < count <= MAX_LAYERS
+    every = list(range(count if known else max(layers) + 1))
     if list(layers) == every:
         return {}
     if list(layers) == every[layers[0] :]:
@@ -129,7 +130,8 @@ def _orientation(
     """Return `transposed` where a stacked tensor's shape shows it: hidden size where rows of gate and up should be."""
     part = "gate_up" if "gate_up" in weights else "up"
     pattern, layers = weights[part]
-    shape = tensors[pattern.replace(LAYER, str(min(layers))).replace(EXPERT, "0")].shape
+    found = tensors.get(pattern.replace(LAYER, str(min(layers))).replace(EXPERT, "0"))
+    shape = () if found is None else found.shape
     hidden = value_at(values, _key(values, SIZES["hidden"]))
     return {"transposed": True} if len(shape) == 3 and shape[1] == hidden != shape[2] else {}
 

@@ -113,12 +113,14 @@ def bias_sources(form: DiskForm, layer: LayerSpec, tensors: Mapping[str, TensorI
     """Yield where the biases of a layer lie."""
     if form.bias is None:
         return
-    for tensor in _tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True):
+    expected = _tensors(form, layer, _names(form.bias), _bias_shapes(layer), of_bias=True)
+    for tensor in expected:
         if tensor.name not in tensors:
             raise CheckpointError(f"{tensor} of layer {layer.index} is missing; download the checkpoint again")
-        found = tensors[tensor.name]
-        _require_weight(found, tensor, layer)
-        yield from (source_of(layer, cut, found) for cut in tensor.cuts)
+        _require_weight(tensors[tensor.name], tensor, layer)
+    _require_one_dtype([tensors[tensor.name] for tensor in expected], layer)
+    for tensor in expected:
+        yield from (source_of(layer, cut, tensors[tensor.name]) for cut in tensor.cuts)
 
 
 def _names(biases: Biases) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from moeplug.checkpoint.encoded import Encoding, Part
@@ -37,13 +38,15 @@ def encoding_of(config: Mapping[str, Any], registry: Registry) -> Encoding | Non
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    made: Encoding | None = None
-    if method == "compressed-tensors":
-        made = _compressed_tensors(quantization)
-    elif method == "fp8" and quantization.get("weight_block_size"):
-        made = Fp8Blocks(quantization["weight_block_size"])
-    elif method == "mxfp4":
-        made = Mxfp4Blocks()
+    try:
+        made = _made(method, quantization)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("quantization_config", *first["loc"])))
+        raise CheckpointError(
+            f"config.json: {shown(where)}: {first['msg']}; found {shown(first['input'])}, which no quantized "
+            "checkpoint that is read has: download config.json again, or give the unquantized checkpoint"
+        ) from error
     if made is None:
         raise CheckpointError(
             f"config.json: the checkpoint is already quantized (quantization_config, quant_method {shown(method)}), in "
@@ -52,6 +55,44 @@ def encoding_of(config: Mapping[str, Any], registry: Registry) -> Encoding | Non
         )
     _activate(made, registry)
     return made
+
+
+def _made(method: Any, quantization: Any) -> Encoding | None:
+    """Return the encoding of a quantization_config, None where it is another; ValidationError where it is wrong."""
+    if method == "compressed-tensors":
+        return _compressed_tensors(_Config.model_validate(quantization))
+    if method == "fp8" and quantization.get("weight_block_size"):
+        return Fp8Blocks(quantization["weight_block_size"])
+    return Mxfp4Blocks() if method == "mxfp4" else None
+
+
+class _Arguments(BaseModel):
+    """What compressed-tensors says of weights, as far as it is read; other keys are passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    type: str = ""
+    num_bits: int = 0
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: list[int] | None = None
+    symmetric: bool = True
+    dynamic: bool | str = False
+    actorder: bool | str | None = None
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    weights: _Arguments | None = None
+    format: str | None = None
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    config_groups: dict[str, _Group] | None = None
+    format: str | None = None
 
 
 def _activate(encoding: Encoding, registry: Registry) -> None:
@@ -64,25 +105,25 @@ def _activate(encoding: Encoding, registry: Registry) -> None:
     raise CheckpointError(f"config.json: {label} needs number format {name!r}, which no installed plugin brings")
 
 
-def _compressed_tensors(quantization: Mapping[str, Any]) -> Encoding | None:
+def _compressed_tensors(quantization: _Config) -> Encoding | None:
     """Return what compressed-tensors' config says, None where it says something else than one readable group."""
-    groups = list((quantization.get("config_groups") or {}).values())
-    weights = [group.get("weights") or {} for group in groups]
-    if not weights or any(other != weights[0] for other in weights) or weights[0].get("dynamic"):
+    groups = list((quantization.config_groups or {}).values())
+    weights = [group.weights for group in groups]
+    arguments = weights[0] if weights else None
+    if arguments is None or any(other != arguments for other in weights) or arguments.dynamic:
         return None
-    arguments = weights[0]
-    form = groups[0].get("format") or quantization.get("format")
-    name = FORMATS.get((str(arguments.get("type")), arguments.get("num_bits", 0)))
-    if name is None or form not in FORMS or arguments.get("strategy") not in STRATEGIES or arguments.get("actorder"):
+    form = groups[0].format or quantization.format
+    name = FORMATS.get((arguments.type, arguments.num_bits))
+    if name is None or form not in FORMS or arguments.strategy not in STRATEGIES or arguments.actorder:
         return None
-    block = arguments.get("block_structure")
-    group_size = arguments.get("group_size")
-    spec = WeightSpec(
-        format=name,
-        strategy=arguments["strategy"],
-        group_size=group_size if arguments["strategy"] == "group" else None,
-        block_structure=None if block is None else tuple(block),
-        symmetric=arguments.get("symmetric", True),
+    spec = WeightSpec.model_validate(
+        {
+            "format": name,
+            "strategy": arguments.strategy,
+            "group_size": arguments.group_size if arguments.strategy == "group" else None,
+            "block_structure": arguments.block_structure,
+            "symmetric": arguments.symmetric,
+        }
     )
     return Packed(spec) if form == "pack-quantized" else Plain(spec)
 
@@ -153,9 +194,9 @@ class Fp8Blocks(Encoding):
 
     ignored = (".input_scale", ".activation_scale")
 
-    def __init__(self, block: list[int]) -> None:
-        self.spec = WeightSpec(format="fp8", strategy="block", block_structure=(block[0], block[1]))
-        self.label = f"fp8 in blocks of {block[0]} x {block[1]}"
+    def __init__(self, block: Any) -> None:
+        self.spec = WeightSpec.model_validate({"format": "fp8", "strategy": "block", "block_structure": block})
+        self.label = "fp8 in blocks of {} x {}".format(*self.spec.block_structure or ())
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         """Return weight and scale."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from moeplug.checkpoint.descriptor import ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
+from moeplug.checkpoint.files import shown
+from moeplug.checkpoint.locate import WEIGHT_DTYPES
 from moeplug.checkpoint.reader import TensorInfo
 from moeplug.errors import CheckpointError, UsageError
 from moeplug.kernels.router import route
@@ -81,11 +83,18 @@ def prepare_model(path: Path, family: Family, layers: Sequence[LayerSpec], kept:
     for name, parts in given.items():
         label = ", ".join(parts)
         if name not in found:
-            raise CheckpointError(f"{label}: {type(model).__name__} has no parameter {name} for this tensor")
+            raise CheckpointError(
+                f"{label}: {type(model).__name__} has no parameter {name} for this tensor; config.json and the weights "
+                "do not belong together, or the name is damaged"
+            )
         rows = sum(shapes[part][0] for part in parts) if len(parts) > 1 else None
         shape = shapes[parts[0]] if rows is None else (rows, *shapes[parts[0]][1:])
         if found[name].shape != torch.Size(shape):
-            raise CheckpointError(f"{label}: is {shape}; {name} is {tuple(found[name].shape)}")
+            raise CheckpointError(
+                f"{label}: is {shape}; {name} is {tuple(found[name].shape)} by config.json; config.json and the "
+                "weights do not belong together"
+            )
+    _require_dtypes(model, given, {tensor.name: tensor for tensor in kept})
     experts = tuple(experts_path(model, family, layer) + "." for layer in layers)
     empty = [name for name in _needed(model) if name not in given and not name.startswith(experts)]
     if empty:
@@ -94,6 +103,57 @@ def prepare_model(path: Path, family: Family, layers: Sequence[LayerSpec], kept:
             f"{', '.join(sorted(empty)[:5])}; the files are incomplete, or not of family {family.name}"
         )
     return model
+
+
+def _require_dtypes(model: Any, given: Mapping[str, Sequence[str]], kept: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError where a tensor has numbers that the model cannot compute with in that place.
+
+    A few tensors are in float32 among others in 16 bits because the model's code computes with them so. Where it does
+    not, torch refuses a product in the middle of the first forward.
+    """
+    found, bytes_of = dict(_tensors(model)), dict.fromkeys(WEIGHT_DTYPES, 0)
+    for tensor in kept.values():
+        if tensor.dtype in bytes_of:
+            bytes_of[tensor.dtype] += tensor.nbytes
+    usual = max(bytes_of, key=bytes_of.__getitem__)
+    for name, parts in given.items():
+        is_float, as_the_model = found[name].is_floating_point(), found[name].dtype == model.dtype
+        for tensor in (kept[part] for part in parts):
+            where = f"{tensor.file}: {shown(tensor.name)}: dtype {tensor.dtype}"
+            if is_float != (tensor.dtype in WEIGHT_DTYPES):
+                expected = f"one of {', '.join(WEIGHT_DTYPES)}" if is_float else str(found[name].dtype)
+                raise CheckpointError(
+                    f"{where} is not what {type(model).__name__} computes with there; expected {expected}: give the "
+                    "unquantized checkpoint, or load with runtime none to get the quantized layers alone"
+                )
+            if is_float and as_the_model and tensor.dtype != usual and _cannot_mix(model, name, tensor, usual):
+                raise CheckpointError(
+                    f"{where} among weights of {usual}: {type(model).__name__} cannot compute with both there; save "
+                    "the checkpoint in one dtype, or load with runtime none to get the quantized layers alone"
+                )
+
+
+def _cannot_mix(model: Any, name: str, tensor: TensorInfo, usual: str) -> bool:
+    """Return whether a module with such a tensor refuses inputs of the usual dtype, or hands on another one."""
+    module, attribute = _owner(model, name)
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        return True
+
+    def forward(dtype: str) -> Any:
+        of = {n: usual for n, _ in _tensors(module)} | {attribute: dtype}
+        made = {n: torch.ones(t.shape, dtype=getattr(torch, WEIGHT_DTYPES[of[n]])) for n, t in _tensors(module)}
+        hidden = torch.ones(1, made["weight"].shape[-1], dtype=getattr(torch, WEIGHT_DTYPES[usual]))
+        return torch.func.functional_call(module, made, (hidden,))
+
+    try:
+        expected = forward(usual)
+    except Exception:  # neither a norm nor a router, but something that takes more: it cannot be tried so
+        return False
+    try:
+        made = forward(tensor.dtype)
+    except RuntimeError:
+        return True
+    return isinstance(made, Tensor) and made.dtype != expected.dtype
 
 
 def finish_model(

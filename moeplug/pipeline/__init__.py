@@ -113,7 +113,7 @@ class Job:
         self._layer_plans = {layer.layer.index: layer for layer in plan.layers}
         self._lock = threading.Lock()
         self._open: dict[int, LayerBuilder] = {}
-        self._peaks: dict[str, list[Tensor]] = {}  # of dense tensors, on the device
+        self._peaks: dict[str, list[Tensor]] = {}  # of tensors kept as they are, on the device
         self.finished: dict[int, QuantizedExperts] = {}
         self.errors: dict[int, LayerErrors] = {}
         self.dense: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ class Job:
             timings = from_memory(self._pieces, plan.checkpoint, self._use, advance, plan.device)
         else:
             timings = self._through_a_ring(plan.checkpoint, advance)
-        self._refuse_dense_not_finite()
+        self._refuse_not_finite()
         assert not self._open, "the plan covers every weight, so every layer finishes with its last tensor"
         return replace(timings, seconds=time.perf_counter() - started)
 
@@ -231,13 +231,16 @@ class Job:
     def _keep(self, piece: Piece, raw: Tensor) -> None:
         """Copy a part of a dense tensor to its place."""
         tensor = self.dense[piece.tensor.name]
+        self._note_peak(piece, raw)
+        tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
+
+    def _note_peak(self, piece: Piece, raw: Tensor) -> None:
         peak = peak_of(raw.view(torch_dtype(piece.tensor)))
         with self._lock:
             self._peaks.setdefault(piece.tensor.name, []).append(peak)
-        tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
 
-    def _refuse_dense_not_finite(self) -> None:
-        """Ask once for all dense tensors: on a GPU the host would wait for each piece."""
+    def _refuse_not_finite(self) -> None:
+        """Ask once for all tensors that are kept as they are: on a GPU the host would wait for each piece."""
         if not self._peaks:
             return
         names = [name for name, peaks in self._peaks.items() for _ in peaks]

@@ -352,17 +352,18 @@ class _GroupBuilder:
         encode(values.clone(), fmt, out, words)
         again = torch.empty_like(values)
         decode(out, fmt, again, words)
-        kept = in_scale_dtype(scales, spec)
-        if not torch.equal(again, values) or kept is None:
+        kept, same = in_scale_dtype(scales, spec), torch.equal(again, values)
+        where = f"{origin}: layer {ctx.layer.index}, expert {ctx.experts[slot]}, {projection}"
+        if not bool(torch.isfinite(dequantized(again, scales)).all()):
+            raise CheckpointError(
+                f"{where}: a stored value or a scale is NaN or infinite, or both together are; the file is damaged: "
+                "get it again"
+            )
+        if not same or kept is None:
             what = "a scale" if kept is None else "a stored value"
             raise CheckpointError(
-                f"{origin}: layer {ctx.layer.index}, {projection}: {what} is none that {spec.describe()} with "
-                f"scale_dtype: {spec.scale_dtype} has; use scale_dtype: float32, or requantize: true"
-            )
-        if not bool(torch.isfinite(kept.values(values.shape[1])).all()):
-            raise CheckpointError(
-                f"{origin}: layer {ctx.layer.index}, {projection}: a stored scale is NaN or infinite; "
-                "the file is damaged: get it again"
+                f"{where}: {what} is none that {spec.describe()} with scale_dtype: {spec.scale_dtype} has; "
+                "use scale_dtype: float32, or requantize: true"
             )
         store.put(projection, slot, kept)
 

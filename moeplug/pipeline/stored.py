@@ -12,13 +12,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moeplug.checkpoint.files import shown
+from moeplug.checkpoint.memory import TORCH_DTYPES
 from moeplug.checkpoint.reader import Checkpoint, Piece, in_file_order
 from moeplug.checkpoint.record import read_record
 from moeplug.checkpoint.writer import MANIFEST
 from moeplug.errors import CheckpointError
 from moeplug.hookspecs import StageContext
+from moeplug.kernels.select import Device
 from moeplug.moe.experts import ExpertGroup
-from moeplug.pipeline import Job, LayerPlan, Plan, plan_layer, torch_dtype
+from moeplug.pipeline import Job, LayerPlan, Plan, plan_layer
 from moeplug.pipeline.allocate import buffer_shapes
 from moeplug.pipeline.builder import LayerErrors
 from moeplug.pipeline.create_scales import ScaleStore
@@ -29,6 +32,7 @@ from moeplug.scheme import Scheme
 
 QUANT_METHOD: Final = "moeplug"  # in config.json's quantization_config
 MEANING: Final = "_extra_state"  # the tensor that says how the others of a group are laid out
+MOST_MEANING: Final = 1 << 20  # of 16,384 expert ids and two specs, 110 kB
 
 
 def is_stored(config: Mapping[str, Any]) -> bool:
@@ -64,7 +68,41 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
     if with_dense:
         check_dense_dtypes(kept)
     plans = tuple(plan_layer(layer, scheme, registry, device) for layer in layers)
+    for plan in plans:
+        _require_stored(checkpoint, plan, registry)
     return Plan(checkpoint, family, scheme, device, plans, (), kept, with_dense, stored=errors)
+
+
+def _require_stored(checkpoint: Checkpoint, plan: LayerPlan, registry: Registry) -> None:
+    """Raise CheckpointError unless the export has a layer's tensors, each of its shape and type, and no others."""
+    folder = f"{plan.layer.name}.groups."
+    expected: set[str] = set()
+    for number, group in enumerate(plan.groups):
+        on_meta = replace(group.ctx, request=replace(group.ctx.request, device=Device("meta")))
+        for name, buffer in StoredGroup(on_meta, registry).buffers.items():
+            full = f"{folder}{number}.{name}"
+            expected.add(full)
+            found = checkpoint.tensors.get(full)
+            dtype = str(buffer.dtype).removeprefix("torch.")
+            if found is None or found.shape != tuple(buffer.shape) or TORCH_DTYPES.get(found.dtype) != dtype:
+                described = "is missing" if found is None else f"is {found.shape} {found.dtype}"
+                raise CheckpointError(
+                    f"{checkpoint.path}: {full} {described}; expected {tuple(buffer.shape)} {dtype}; export it again"
+                )
+        _require_meaning(checkpoint, f"{folder}{number}.{MEANING}")
+        expected.add(f"{folder}{number}.{MEANING}")
+    more = [name for name in checkpoint.tensors if name.startswith(folder) and name not in expected]
+    if more:
+        raise CheckpointError(f"{checkpoint.path}: {shown(more[0])} belongs to no group of experts; export it again")
+
+
+def _require_meaning(checkpoint: Checkpoint, name: str) -> None:
+    found = checkpoint.tensors.get(name)
+    if found is None or found.dtype != "U8" or len(found.shape) != 1 or found.nbytes > MOST_MEANING:
+        described = "is missing" if found is None else f"is {found.shape} {found.dtype}"
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} {described}; expected at most {MOST_MEANING:,} bytes, U8; export it again"
+        )
 
 
 def recorded_errors(manifest: Mapping[str, Any]) -> dict[int, LayerErrors]:
@@ -104,9 +142,14 @@ class StoredGroup:
         """The group, bound to its buffers as they are now."""
         return ExpertGroup(self._ctx, self._weights, self._scales, self._binder)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What the group holds, by the names that a kernel knows."""
+        return {**self._weights, **self._scales}
+
     def targets(self, meaning: Tensor) -> dict[str, Tensor]:
         """Return where each stored tensor is to be read into. meaning: what the export says of the layout."""
-        buffers = {**self._weights, **self._scales}
+        buffers = self.buffers
         mine = self.module.get_extra_state()
         if torch.equal(meaning, mine) and all(buffer.is_contiguous() for buffer in buffers.values()):
             return buffers
@@ -146,31 +189,21 @@ class StoredJob(Job):
         return in_file_order([*pieces, *super()._pieces_to_read()])
 
     def _prepare(self, layer: LayerPlan, meanings: Mapping[str, Tensor]) -> None:
-        """Make a layer's buffers, and check that the export has a tensor of its shape and type for each."""
+        """Make a layer's buffers."""
         index = layer.layer.index
         self._groups[index], self._left[index] = [], 0
         for number, group in enumerate(layer.groups):
             prefix = f"{layer.layer.name}.groups.{number}."
-            meaning = meanings.get(prefix + MEANING)
-            if meaning is None:
-                raise CheckpointError(f"{self._plan.checkpoint.path}: {prefix}{MEANING} is missing; export it again")
+            meaning = meanings[prefix + MEANING]
             stored = StoredGroup(group.ctx, self._registry)
             self._groups[index].append((stored, meaning))
             for name, target in stored.targets(meaning).items():
-                self._require(prefix + name, target)
                 self._targets[prefix + name] = index, target
                 self._left[index] += target.nbytes
 
-    def _require(self, name: str, target: Tensor) -> None:
-        found = self._plan.checkpoint.tensors.get(name)
-        if found is None or found.shape != tuple(target.shape) or torch_dtype(found) != target.dtype:
-            described = "is missing" if found is None else f"is {found.shape} {found.dtype}"
-            raise CheckpointError(
-                f"{self._plan.checkpoint.path}: {name} {described}; expected {tuple(target.shape)} {target.dtype}"
-            )
-
     def _read_meanings(self) -> dict[str, Tensor]:
-        tensors = [t for name, t in self._plan.checkpoint.tensors.items() if name.endswith("." + MEANING)]
+        groups = [(plan.layer.name, number) for plan in self._plan.layers for number in range(len(plan.groups))]
+        tensors = [self._plan.checkpoint.tensors[f"{name}.groups.{number}.{MEANING}"] for name, number in groups]
         pieces = in_file_order(Piece(tensor, 0, tensor.nbytes) for tensor in tensors)
         buffers = [memoryview(bytearray(max((p.nbytes for p in pieces), default=1))) for _ in range(2)]
         assert isinstance(self._plan.checkpoint, Checkpoint)
@@ -185,6 +218,7 @@ class StoredJob(Job):
             super()._keep(piece, raw)
             return
         layer, target = self._targets[piece.tensor.name]
+        self._note_peak(piece, raw)
         target.view(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes].copy_(raw)
         self._left[layer] -= piece.nbytes
         if self._left[layer] == 0:
