@@ -20,8 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, of Python or of torch, says that memory ran out. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # torch has no type of its own for these two: host memory, and what the CUDA driver says.
-    return "DefaultCPUAllocator: " in str(error) or str(error).startswith("CUDA error: out of memory")
+    # Without a type of their own: torch's host memory, what the CUDA driver says, and a thread that finds no stack.
+    text = str(error)
+    return "DefaultCPUAllocator: " in text or text.startswith(("CUDA error: out of memory", "can't start new thread"))
 
 
 class MoeplugError(Exception):

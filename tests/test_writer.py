@@ -287,7 +287,7 @@ def test_files_and_folders_are_synced_before_they_are_named(source, tmp_path):
     shard = Watched.done.index(("named", "config.json"))
     assert Watched.done[shard - 1 :] == [
         "config.json.partial", ("named", "config.json"), hidden, "moeplug.json.partial", ("named", "moeplug.json"),
-        hidden, ("named", "export"), tmp_path.name,
+        "moeplug.json.partial", ("named", "moeplug.json"), hidden, ("named", "export"), tmp_path.name,
     ]  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_nothing_is_overwritten(source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name, found in (("file", "special file"), ("full", "exists and is not empty"), ("link", "special file")):
+    for name, found in (("file", "is a file"), ("full", "exists and is not empty"), ("link", "a symlink to nothing")):
         with pytest.raises(UsageError, match=found):
             exported(source, tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full", "link"}
