@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moeplug import InputOutputError, UsageError, api
+from moeplug import CheckpointError, InputOutputError, UsageError, api
 from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.checkpoint.writer import FileLayer, OutputShard, OutputTensor, Staging, in_shards
@@ -79,16 +80,32 @@ def reference(source, tmp_path_factory):
 
 
 class Faulty(Unsynced):
-    """Lets the k-th write, fsync or rename fail, once."""
+    """Lets the k-th write, fsync, rename or read fail, once."""
 
     def __init__(self, k, fault):
         self.calls, self.k, self.fault = 0, k, fault
+        self._counted = threading.Lock()
 
     def _is_kth(self):
-        self.calls += 1
-        if self.calls == self.k and isinstance(self.fault, int):
+        with self._counted:
+            self.calls += 1
+            kth = self.calls == self.k
+        if kth and isinstance(self.fault, int):
             raise OSError(self.fault, os.strerror(self.fault))
-        return self.calls == self.k
+        return kth
+
+    @contextlib.contextmanager
+    def reads(self):
+        """Every byte of a source, and of what was written, comes through os.preadv."""
+        original = os.preadv
+
+        def preadv(descriptor, views, offset):
+            given = [views[0][: max(1, views[0].nbytes // 2)]] if self._is_kth() else views
+            return original(descriptor, given, offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            yield self
 
     def write(self, descriptor, data, offset):
         return super().write(descriptor, data[: max(1, data.nbytes // 2)] if self._is_kth() else data, offset)
@@ -111,8 +128,7 @@ def test_whichever_call_fails_the_export_is_whole_or_resumes(source, reference, 
     while True:
         folder = tmp_path / str(k)
         folder.mkdir()
-        files = Faulty(k, fault)
-        with contextlib.suppress(InputOutputError):
+        with Faulty(k, fault).reads() as files, contextlib.suppress(InputOutputError):
             exported(source, folder / "export", form, files=files)
         if not (folder / "export").exists():
             finished = [len(json.loads((path / "moeplug.json").read_text())["files"]) for path in left_by(folder)]
@@ -129,12 +145,12 @@ def test_whichever_call_fails_the_export_is_whole_or_resumes(source, reference, 
     assert max(outcomes) >= len(reference[form]) - 2  # all, or all but config.json, beside moeplug.json
 
 
-@pytest.mark.parametrize("fault", [errno.EINTR, "short write"], ids=str)
-def test_an_interrupted_or_short_write_is_done_again(source, reference, tmp_path, fault):
+@pytest.mark.parametrize("fault", [errno.EINTR, "short"], ids=str)
+def test_an_interrupted_or_short_write_or_read_is_done_again(source, reference, tmp_path, fault):
     k = 1
     while True:
-        files = Faulty(k, fault)
-        exported(source, tmp_path / str(k), files=files)
+        with Faulty(k, fault).reads() as files:
+            exported(source, tmp_path / str(k), files=files)
         assert contents(tmp_path / str(k)) == reference["moeplug"]
         if files.calls < k:
             break
@@ -142,59 +158,51 @@ def test_an_interrupted_or_short_write_is_done_again(source, reference, tmp_path
     assert k > 40
 
 
-KILLED = """
-import os, random, signal, sys, time
-sys.path.insert(0, "tests")
-from pathlib import Path
-import torch
-from test_writer import contents, exported, left_by
-torch.set_num_threads(1)
-source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-reference = contents(exported(source, folder / "reference").folder)
-random.seed(0)
+class Unreadable:
+    """Stands in for os.preadv: the k-th read fails, or finds the end of the file."""
 
-def forked():
-    child = os.fork()
-    if child == 0:
-        exported(source, folder / "export")
-        os._exit(0)
-    return child
+    def __init__(self, k, fault):
+        self.calls, self.k, self.fault, self.read = 0, k, fault, os.preadv
 
-def cleaned():
-    for path in (folder / "export").iterdir():
-        path.unlink()
-    (folder / "export").rmdir()
-
-started = time.perf_counter()
-assert os.waitpid(forked(), 0)[1] == 0
-took = time.perf_counter() - started
-cleaned()
-outcomes = {"new": 0, "resumed": 0, "nothing": 0}
-for _ in range(30):
-    child = forked()
-    time.sleep(random.random() * took)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    if (folder / "export").exists():
-        outcomes["new"] += 1
-    else:
-        outcomes["resumed" if exported(source, folder / "export", resume=True).continued else "nothing"] += 1
-    assert contents(folder / "export") == reference
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    cleaned()
-print(outcomes)
-assert outcomes["resumed"], outcomes
-"""
+    def __call__(self, descriptor, views, offset):
+        self.calls += 1
+        if self.calls == self.k and isinstance(self.fault, int):
+            raise OSError(self.fault, os.strerror(self.fault))
+        return 0 if self.calls == self.k else self.read(descriptor, views, offset)
 
 
-def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [(errno.EIO, InputOutputError, "Input/output error"), ("cut", CheckpointError, "ends at byte .*cut")],
+    ids=["EIO", "cut"],
+)
+@pytest.mark.parametrize("use", ["load", "export"])
+def test_whichever_read_fails_the_error_says_so(source, tmp_path, monkeypatch, use, fault, error, said):
+    """From config.json on, planning included."""
+
+    def used(target, k):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", Unreadable(k, fault))
+            if use == "load":
+                api.load(source, "int8", device="cpu")
+            else:
+                api.export(source, "int8", target, "moeplug", device="cpu", resume=k == 0)
+            return os.preadv.calls
+
+    reads = used(tmp_path / "whole", 0)
+    assert reads >= 5
+    for k in range(1, reads + 1):
+        with pytest.raises(error, match=said):
+            used(tmp_path / "export", k)
+        if use == "export":
+            used(tmp_path / "export", 0)
+            assert contents(tmp_path / "export") == contents(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "export")
+
+
+def test_killed_at_30_random_moments_an_export_is_whole_or_resumes():
+    script = Path(__file__).parent / "kill_exports.py"
+    done = subprocess.run([sys.executable, script, "--count", "30"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
