@@ -68,10 +68,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="Default: a tiny random Mixtral.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has none of the others
     with tempfile.TemporaryDirectory() as folder:
-        source = helpers.save_tiny("mixtral", Path(folder) / "source")
+        source = arguments.model or helpers.save_tiny("mixtral", Path(folder) / "source")
         (Path(folder) / "exports").mkdir()
         found = outcomes(source, Path(folder) / "exports", arguments.count, arguments.seed)
     print(f"{arguments.count} exports killed: " + ", ".join(f"{number} {what}" for what, number in found.items()))

@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,14 @@ import torch
 from safetensors.torch import load_file
 
 from moeplug import CheckpointError, InputOutputError, UsageError, api
+from moeplug.checkpoint import writer
 from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.checkpoint.writer import FileLayer, OutputShard, OutputTensor, Staging, in_shards
 from moeplug.exporting import export
 from moeplug.pipeline.plan import SPAN_BYTES, activate_plugins, plan_model
 from moeplug.registry import Registry
+from moeplug.verifying import verify
 
 SHARD_BYTES = 50_000  # several shards of a tiny model
 CPU = torch.device("cpu")
@@ -200,9 +203,9 @@ def test_whichever_read_fails_the_error_says_so(source, tmp_path, monkeypatch, u
             shutil.rmtree(tmp_path / "export")
 
 
-def test_killed_at_30_random_moments_an_export_is_whole_or_resumes():
+def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source):
     script = Path(__file__).parent / "kill_exports.py"
-    done = subprocess.run([sys.executable, script, "--count", "30"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--count=30", f"--model={source}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
@@ -265,6 +268,63 @@ def test_only_an_export_of_the_same_is_continued(source, unfinished, tmp_path, c
 def test_another_model_is_no_continuation(tiny_checkpoint, unfinished, tmp_path):
     with pytest.raises(UsageError, match=r"another one: .*source differ"):
         exported(tiny_checkpoint("olmoe"), tmp_path / "export", resume=True)
+
+
+CHANGES = {
+    "weights": lambda model: helpers.edit_tensors(model / "model.safetensors", lambda t: t["lm_head.weight"].neg_()),
+    "touched": lambda model: os.utime(model / "model.safetensors", ns=(0, 0)),
+    "tokenizer": lambda model: (model / "tokenizer.json").write_text("{ }"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_an_export_is_never_a_mix_of_a_model_before_and_after_it_changed(small_reads, source, tmp_path, changed):
+    """Headers are the same, so the weights would be taken for those that the finished files were made from."""
+    model = helpers.copy_of(source, tmp_path)
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        exported(model, tmp_path / "export", progress=InterruptedAt(20))
+    (left,) = left_by(tmp_path)
+    before = contents(left)
+    CHANGES[changed](model)
+    planned.cache_clear()
+    file = "tokenizer.json" if changed == "tokenizer" else "model.safetensors"
+    with pytest.raises(UsageError, match=rf"these were changed: {file}; an export is never a mix of two models"):
+        exported(model, tmp_path / "export", resume=True)
+    assert contents(left) == before
+    shutil.rmtree(left)
+    exported(model, tmp_path / "export")
+    verify(tmp_path / "export", model)
+
+
+@pytest.mark.parametrize("form", ["moeplug", "compressed-tensors"])
+@pytest.mark.parametrize("how", ["overwritten", "touched", "cut", "replaced", "tokenizer"])
+def test_a_model_that_changes_while_it_is_exported_ends_the_export(small_reads, source, tmp_path, form, how):
+    model = helpers.copy_of(source, tmp_path)
+    (model / "tokenizer.json").write_text("{}")
+    weights = model / "model.safetensors"
+
+    def change(done, total):
+        if change.left == 0:
+            if how == "overwritten":
+                with weights.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"x")
+            elif how == "replaced":
+                shutil.copy(weights, model / "new")
+                (model / "new").rename(weights)
+            elif how == "tokenizer":
+                (model / "tokenizer.json").write_text("{ }")
+            else:
+                os.utime(weights) if how == "touched" else os.truncate(weights, 5000)
+        change.left -= 1
+
+    change.left = 5
+    with pytest.raises(CheckpointError, match="was changed"):
+        exported(model, tmp_path / "export", form, progress=change)
+    assert not (tmp_path / "export").exists()
+    with pytest.raises((UsageError, CheckpointError)):
+        exported(model, tmp_path / "export", form, resume=True)
 
 
 def test_a_finished_file_that_was_damaged_is_written_again(source, reference, unfinished, tmp_path):
@@ -332,6 +392,61 @@ def test_an_empty_folder_becomes_the_export(source, reference, tmp_path):
     (tmp_path / "export").mkdir()
     exported(source, tmp_path / "export")
     assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_symlink_to_an_empty_folder_stays_and_modes_follow_the_umask(source, reference, tmp_path):
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    (tmp_path / "export").symlink_to("disk/empty")
+    before = os.umask(0o027)
+    try:
+        exported(source, tmp_path / "export")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "export").readlink() == Path("disk/empty")
+    assert contents(tmp_path / "disk/empty") == reference["moeplug"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
+    assert (tmp_path / "disk/empty").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "disk/empty").iterdir()} == {0o640}
+    (tmp_path / "model").symlink_to(source)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        exported(source, tmp_path / "model")
+
+
+def test_a_disk_that_takes_no_more_in_the_middle_costs_what_is_not_finished(source, reference, tmp_path):
+    """The limit on a file's size is a quota that needs no mount; Python ignores its signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(map(len, reference["moeplug"].values()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        with pytest.raises(InputOutputError, match="File too large; finished files are kept for --resume"):
+            exported(source, tmp_path / "export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "export").exists()
+    assert exported(source, tmp_path / "export", resume=bool(left_by(tmp_path))).folder.is_dir()
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_large_file_is_synced_while_it_grows(source, reference, tmp_path, monkeypatch):
+    """A sync cannot be interrupted, so that none may have much to do."""
+
+    class Growing(FileLayer):
+        unsynced, most = {}, 0
+
+        def write(self, descriptor, data, offset):
+            count = super().write(descriptor, data, offset)
+            self.unsynced[descriptor] = self.unsynced.get(descriptor, 0) + count
+            Growing.most = max(Growing.most, self.unsynced[descriptor])
+            return count
+
+        def fsync(self, descriptor):
+            self.unsynced[descriptor] = 0
+
+    monkeypatch.setattr(writer, "SYNC_BYTES", 10_000)
+    exported(source, tmp_path / "export", "compressed-tensors", files=Growing())
+    largest = max(t.nbytes for t in Checkpoint.open(tmp_path / "export").tensors.values())
+    assert Growing.most <= 10_000 + largest
+    assert contents(tmp_path / "export") == reference["compressed-tensors"]
 
 
 def test_a_target_that_appears_meanwhile_is_left_alone_and_the_export_can_be_resumed(source, reference, tmp_path):
@@ -421,6 +536,25 @@ def test_what_another_machine_left_waits_for_a_person(tmp_path):
         assert not elsewhere.exists()
 
 
+def test_what_dead_processes_left_is_swept_where_nothing_of_it_can_be_resumed(tmp_path):
+    with Staging.open(tmp_path / "export", {}) as staging:
+        machine, boot, *_ = staging.folder.name.rpartition(".moeplug-")[2].split("-")
+        dead = f"{machine}-{boot}-999999999-1"
+        for name, files in {
+            f".begun.moeplug-{dead}": ["model.safetensors", "model-2.safetensors.partial"],
+            f".empty.moeplug-{dead}": [],
+            f".journal.moeplug-{dead}": ["moeplug.json", "model.safetensors"],
+            f".elsewhere.moeplug-{'0' * 8}-{boot}-999999999-1": ["model.safetensors"],
+            ".export.moeplug-notes": ["model.safetensors"],
+        }.items():
+            (tmp_path / name).mkdir()
+            for file in files:
+                (tmp_path / name / file).write_text("x")
+        with Staging.open(tmp_path / "other", {}):
+            found = {path.name.rpartition(".moeplug-")[0] for path in tmp_path.iterdir()}
+    assert found == {".journal", ".elsewhere", ".export", ".other"}
+
+
 def test_what_began_before_a_restart_is_dead(tmp_path):
     with Staging.open(tmp_path / "export", {}) as staging:
         machine, _, number, started = staging.folder.name.rpartition(".moeplug-")[2].split("-")
@@ -436,6 +570,12 @@ def test_shards_hold_every_tensor_once_in_order_and_stay_within_their_size():
     assert all(sum(t.nbytes for t in shard.tensors) <= 40 for shard in shards)
     assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
     assert [shard.name for shard in in_shards(tensors, 10**6)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "t0"])
+def test_a_name_that_a_header_cannot_hold_is_refused(name):
+    with pytest.raises(CheckpointError, match=f"two tensors of the export would be called '{name}'"):
+        in_shards([[OutputTensor("t0", "U8", (1,))], [OutputTensor(name, "U8", (1,))]], 10)
 
 
 def test_a_shard_is_a_file_that_safetensors_reads_whatever_the_dtypes_and_sizes(tmp_path):
