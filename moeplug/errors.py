@@ -6,7 +6,7 @@ MoeplugError                 anything below; `except MoeplugError` catches all o
 ├── CheckpointError     3    config.json, an index, a shard or a weight is not what it has to be
 │   └── VerificationError 3  what was loaded or written differs from what it was made from
 ├── PluginError         4    a plugin is missing, broken, blocked, or answered a hook wrongly
-├── InputOutputError    5    the operating system refused: not found, permission, disk full
+├── InputOutputError    5    the operating system refused: not found, permission, disk full, memory
 └── RefusedError        6    everything is valid, but `--budget` or the scheme's `accept:` says no
 
 Interrupts are not errors of ours: Ctrl-C ends the command with 130, SIGTERM with 143.
