@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -992,4 +993,6 @@ def _run() -> NoReturn:
 
 def _stop(message: str, code: int) -> NoReturn:
     click.echo(f"Error: {message}", err=True)
+    if code > 128:  # by a signal: torch's objects are not looked through once more, 1.8 s of 2 (0.3 without)
+        gc.freeze()
     sys.exit(code)

@@ -72,7 +72,7 @@ def test_a_signal_while_threads_read_ends_with_its_code_and_leaves_what_resumes(
 ):
     target = tmp_path / "exports/export"
     more = ["-o", target, "--format", "moeplug"] if command == "export" else ["--runtime", "none"]
-    reads = 25 if command == "export" else 15  # of 27 and 24
+    reads = 25 if command == "export" else 15  # of 33 and 24
     arguments = [int(number), reads, command, source, "--scheme", "int8", "--device", "cpu", *more]
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED, *map(str, arguments)],

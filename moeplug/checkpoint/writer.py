@@ -325,7 +325,8 @@ class Staging:
 
     def _require_same(self, made: Mapping[str, Any], resuming: Mapping[str, str]) -> None:
         mine = self._manifest["made"]
-        changed = sorted(key for key, value in self._manifest[RESUMING].items() if resuming.get(key) != value)
+        now = self._manifest[RESUMING]
+        changed = sorted(key for key in {*now, *resuming} if now.get(key) != resuming.get(key))
         if changed and made == mine:
             raise UsageError(
                 f"{self._target}: since its finished files were made, these were changed: {', '.join(changed)}; an "
