@@ -284,7 +284,8 @@ def export(
     found = find_device(device)
     activate_plugins(resolved, registry, found)
     source, family = open_source(model, registry=registry)
-    planned = plan_model(source, family, resolved, registry, found, with_dense=True)
+    encoding = encoding_of(source.config, registry)
+    planned = plan_model(source, family, resolved, registry, found, with_dense=True, encoding=encoding)
     return write(planned, registry, target, form, resume=resume, progress=progress)
 
 

@@ -6,7 +6,7 @@ MoeplugError                 anything below; `except MoeplugError` catches all o
 ├── CheckpointError     3    config.json, an index, a shard or a weight is not what it has to be
 │   └── VerificationError 3  what was loaded or written differs from what it was made from
 ├── PluginError         4    a plugin is missing, broken, blocked, or answered a hook wrongly
-├── InputOutputError    5    the operating system refused: not found, permission, disk full
+├── InputOutputError    5    the operating system refused: not found, permission, disk full, memory
 └── RefusedError        6    everything is valid, but `--budget` or the scheme's `accept:` says no
 
 Interrupts are not errors of ours: Ctrl-C ends the command with 130, SIGTERM with 143.
@@ -20,8 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, of Python or of torch, says that memory ran out. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # torch has no type of its own for these two: host memory, and what the CUDA driver says.
-    return "DefaultCPUAllocator: " in str(error) or str(error).startswith("CUDA error: out of memory")
+    # Without a type of their own: torch's host memory, what the CUDA driver says, and a thread that finds no stack.
+    text = str(error)
+    return "DefaultCPUAllocator: " in text or text.startswith(("CUDA error: out of memory", "can't start new thread"))
 
 
 class MoeplugError(Exception):

@@ -25,12 +25,21 @@ from torch import Tensor
 
 from moeplug import __version__
 from moeplug.checkpoint.descriptor import EXPERT, expand, folder_of
-from moeplug.checkpoint.files import locate_file
+from moeplug.checkpoint.files import SourceFile, Stamp, listed, locate_file, read_exactly, shown
 from moeplug.checkpoint.locate import WeightSource
 from moeplug.checkpoint.memory import TORCH_DTYPES
 from moeplug.checkpoint.reader import CONFIG, INDEX, PICKLE_SUFFIXES, Checkpoint, Piece, in_file_order
-from moeplug.checkpoint.writer import MANIFEST, FileLayer, OutputFile, OutputShard, OutputTensor, Staging, in_shards
-from moeplug.errors import RefusedError, SchemeError, UsageError
+from moeplug.checkpoint.writer import (
+    MANIFEST,
+    PARTIAL,
+    FileLayer,
+    OutputFile,
+    OutputShard,
+    OutputTensor,
+    Staging,
+    in_shards,
+)
+from moeplug.errors import CheckpointError, RefusedError, SchemeError, UsageError
 from moeplug.hookspecs import StageContext
 from moeplug.integrations.compressed_tensors import CompressedTensors
 from moeplug.integrations.fp8_checkpoints import Fp8Checkpoints
@@ -39,6 +48,7 @@ from moeplug.moe.layout import Projection
 from moeplug.pipeline import Job, Plan, Progress, dense_pieces, one_torch_thread, require_finite, torch_dtype
 from moeplug.pipeline.builder import LayerErrors, StageSeconds
 from moeplug.pipeline.load import load, refuse_not_finite, refuse_plugins_not_finite
+from moeplug.pipeline.memory import within_memory
 from moeplug.pipeline.plan import LayerPlan
 from moeplug.pipeline.quantize import quantize
 from moeplug.pipeline.stored import QUANT_METHOD, StoredGroup, recorded_errors
@@ -47,7 +57,8 @@ from moeplug.quantization import quantize as quantize_weight
 from moeplug.registry import Registry
 
 SHARD_BYTES: Final = 5 * 10**9  # what other tools write, and what a crash costs at most
-NOT_COPIED: Final = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", *PICKLE_SUFFIXES)
+NOT_COPIED: Final = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", PARTIAL, *PICKLE_SUFFIXES)
+COPY_BYTES: Final = 1 << 20
 SAFETENSORS_DTYPES: Final = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 ANSWERED: Final = ("allocate", "load", "create_scales", "setup_kernel")
 
@@ -121,6 +132,7 @@ def export(
         raise UsageError("generated weights are not exported; give a checkpoint's folder")
     if form not in FORMS:
         raise UsageError(f"format {form!r} is not one of {', '.join(FORMS)}")
+    _require_unquantized_rest(plan)
     writing: Writing
     if form == "moeplug":
         writing = LayerWriting(plan, registry)
@@ -128,19 +140,23 @@ def export(
         writing = ExpertWriting(plan, registry, form_of(form, plan, registry))
     shards = in_shards([item.tensors for item in writing.items], shard_bytes)
     copies = _copies(plan.checkpoint.path)
-    config = _json({**plan.checkpoint.config, "quantization_config": writing.quantization_config()})
-    with Staging.open(Path(target), _made(plan, registry, form, shard_bytes), resume=resume, files=files) as staging:
+    stamps = {shard.source.path.name: shard.stamp for shard in plan.checkpoint.shards}
+    stamps |= {name: copy.stamp for name, copy in copies.items()}
+    # Of a copied or remounted model the inode may differ, its size and time do not.
+    resuming = {name: f"{stamp.size} bytes, {stamp.mtime_ns} ns" for name, stamp in stamps.items()}
+    made = _made(plan, registry, form, shard_bytes)
+    with Staging.open(Path(target), made, resuming=resuming, resume=resume, files=files) as staging:
         continued = len(staging.finished)
         left = [shard for shard in shards if not staging.has(shard.name)]
-        staging.require_free(sum(shard.nbytes for shard in left) + sum(size for _, size in copies))
+        staging.require_free(sum(shard.nbytes for shard in left) + sum(copy.stamp.size for copy in copies.values()))
         writing.begin(staging, shards)
-        with one_torch_thread(plan.device), writing:
+        with within_memory(writing.needed_bytes, plan.device), one_torch_thread(plan.device), writing:
             writing.read_everything(progress or (lambda done, total: None))
         if len(shards) > 1:
             staging.add(INDEX, [_index(shards)])
-        for name, _ in copies:
-            staging.add(name, _parts_of(plan.checkpoint.path, name))
-        staging.add(CONFIG, [config])
+        for name, copy in copies.items():
+            staging.add(name, copy.parts())
+        staging.add(CONFIG, [_config(plan, writing.quantization_config())])
         staging.publish()
         errors = recorded_errors({"files": staging.finished})
     return Exported(
@@ -174,6 +190,11 @@ class Writing(Job):
         self._open_shard = contextlib.ExitStack()
         self._file: OutputFile | None = None
         self._file_name = ""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return the most memory that it takes on the device."""
+        return self._plan.transient_bytes
 
     def begin(self, staging: Staging, shards: Sequence[OutputShard]) -> None:
         """Take the shards to write, and leave out the pieces of those that are finished."""
@@ -384,6 +405,11 @@ class LayerWriting(Writing):
             for name, tensor in StoredGroup(group.ctx, self._registry).module.state_dict().items()
         )
 
+    @property
+    def needed_bytes(self) -> int:
+        """Return the most memory that it takes on the device: one layer, as it is stored, more than others."""
+        return super().needed_bytes + max(layer.bytes_after for layer in self._plan.layers)
+
     def _feed(self, piece: Piece, raw: Tensor, seconds: StageSeconds) -> None:
         self._hash(piece, raw)
         super()._feed(piece, raw, seconds)
@@ -423,8 +449,26 @@ def _require_finite(ctx: StageContext, source: WeightSource, peaks: Tensor, orig
         refuse_plugins_not_finite(ctx, source.projection, (source.expert,))
 
 
+def _require_unquantized_rest(plan: Plan) -> None:
+    """Raise CheckpointError where weights outside the experts are quantized too: our config.json would not say how."""
+    if plan.encoding is None:
+        return
+    endings = tuple({part.suffix for part in plan.encoding.parts(1, 1).values()} - {"weight"})
+    quantized = [shown(tensor.name) for tensor in plan.kept if tensor.name.endswith(endings)]
+    if quantized:
+        raise CheckpointError(
+            f"the checkpoint is already quantized ({plan.encoding.label}), and not its experts alone: "
+            f"{listed(quantized, 3)}; such a one is not exported: give the unquantized checkpoint"
+        )
+
+
 def form_of(form: str, plan: Plan, registry: Registry) -> PerExpertForm:
     """Return the form of this name; SchemeError where it cannot say what the plan does."""
+    if plan.encoding is not None:
+        raise SchemeError(
+            f"the checkpoint is already quantized ({plan.encoding.label}), and {form} would quantize it once more; if "
+            "its own form will do, copy its folder; else use --format moeplug, which takes over what is stored"
+        )
     contexts = [group.ctx for layer in plan.layers for group in layer.groups]
     if any(source.of_bias for source in plan.sources):
         raise SchemeError(f"the experts have biases, which {form} has no words for; use --format moeplug")
@@ -491,19 +535,46 @@ def layouts_of(plan: Plan) -> list[str]:
     return sorted({group.ctx.layout.name for layer in plan.layers for group in layer.groups})
 
 
-def _copies(folder: Path) -> list[tuple[str, int]]:
-    """Return (name, bytes) of the files beside the weights: tokenizer, generation config, license …"""
+@dataclass(frozen=True)
+class Copy:
+    """A file beside the weights, as it was when the export began."""
+
+    source: SourceFile
+    stamp: Stamp
+
+    @classmethod
+    def of(cls, source: SourceFile) -> Copy:
+        """Open it once, so that what cannot be read is found before the weights are."""
+        descriptor = source.open()
+        try:
+            return cls(source, Stamp.of(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield its bytes; CheckpointError where it was changed."""
+        descriptor, path, size = self.source.open(), self.source.path, self.stamp.size
+        try:
+            self.stamp.require(descriptor, path)
+            for start in range(0, size, COPY_BYTES):
+                yield read_exactly(descriptor, min(COPY_BYTES, size - start), start, path)
+            self.stamp.require(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+
+def _copies(folder: Path) -> dict[str, Copy]:
+    """Return the files beside the weights by name: tokenizer, generation config, license …"""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     ours = {CONFIG, INDEX, MANIFEST}
     copied = [name for name in names if name not in ours and not name.endswith(NOT_COPIED)]
-    return [(name, (folder / name).stat().st_size) for name in copied]
+    return {name: Copy.of(locate_file(folder, name, allow_symlinks=False)) for name in copied}
 
 
-def _parts_of(folder: Path, name: str) -> Iterator[bytes]:
-    descriptor = locate_file(folder, name, allow_symlinks=False).open()
-    with os.fdopen(descriptor, "rb") as file:
-        while part := file.read(1 << 20):
-            yield part
+def _config(plan: Plan, quantization_config: Mapping[str, Any]) -> bytes:
+    """Return the model's config.json with another quantization."""
+    kept = {key: value for key, value in plan.checkpoint.config.items() if key != "compression_config"}
+    return _json({**kept, "quantization_config": quantization_config})
 
 
 def _index(shards: Sequence[OutputShard]) -> bytes:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,15 +68,22 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total) that moves a bar on standard error."""
+    """Yield a function of (done, total) that moves a bar on standard error; there is none before the first call."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
     amounts = [DownloadColumn(), Speed()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), *amounts, TimeRemainingColumn()]
-    with Progress(*columns, console=Output(stderr=True), refresh_per_second=8) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Output(stderr=True), refresh_per_second=8)
+    task = bar.add_task(label, total=None)
+
+    def move(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            begun.enter_context(bar)
+        bar.update(task, completed=done, total=total)
+
+    with ExitStack() as begun:
+        yield move
 
 
 def default_report_path(plan: Plan) -> Path:

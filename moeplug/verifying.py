@@ -19,8 +19,10 @@ from moeplug.checkpoint.record import read_record
 from moeplug.checkpoint.writer import MANIFEST, OutputTensor, in_shards, is_as_recorded
 from moeplug.errors import UsageError, VerificationError
 from moeplug.exporting import ExpertWriting, LayerWriting, Writing, form_of, layouts_of
+from moeplug.integrations.prequantized import encoding_of
 from moeplug.pipeline import Progress, one_torch_thread, torch_dtype
 from moeplug.pipeline.builder import LayerErrors
+from moeplug.pipeline.memory import within_memory
 from moeplug.pipeline.plan import Plan, activate_plugins, plan_model
 from moeplug.pipeline.stored import recorded_errors
 from moeplug.registry import Registry
@@ -66,13 +68,15 @@ def verify(
         if source.fingerprint() != manifest["made"]["source"]["sha256_of_headers"]:
             _refuse(folder, [f"{source.path} is not the model it was made from: config, headers or sizes differ"])
         made, registry = manifest["made"], registry or Registry.discover()
-        comparing = _comparing(_plan_again(source, made, registry, device or torch.device("cpu")), registry, made)
+        plan = _plan_again(source, made, registry, device or torch.device("cpu"))
+        comparing = _comparing(plan, registry, made)
         _refuse(folder, list(_of_tensors([t for item in comparing.items for t in item.tensors], export)))
         shards = in_shards([item.tensors for item in comparing.items], made["shard_bytes"])
         _refuse(folder, [f"{MANIFEST} has no {shard.name}" for shard in shards if shard.name not in manifest["files"]])
         comparing.assign(shards)
         comparing.compare_with(export)
-        with one_torch_thread(torch.device("cpu")), comparing.reader:
+        memory = within_memory(comparing.needed_bytes, plan.device)
+        with memory, one_torch_thread(torch.device("cpu")), comparing.reader:
             comparing.read_everything(progress or (lambda done, total: None))
         _refuse(folder, [*comparing.differences, *_of_facts(comparing, manifest["files"])])
         errors = recorded_errors(manifest)
@@ -122,7 +126,8 @@ def _plan_again(source: Checkpoint, made: Mapping[str, Any], registry: Registry,
     """Return the plan that an export was made by: its scheme for this model."""
     scheme = Scheme.from_text(made["scheme"]["yaml"], MANIFEST)
     activate_plugins(scheme, registry, device)
-    return plan_model(source, registry.family_of(source.config), scheme, registry, device, with_dense=True)
+    family, encoding = registry.family_of(source.config), encoding_of(source.config, registry)
+    return plan_model(source, family, scheme, registry, device, with_dense=True, encoding=encoding)
 
 
 def _comparing(plan: Plan, registry: Registry, made: Mapping[str, Any]) -> _Comparing:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,13 @@ def run(capsys, monkeypatch, tmp_path):
         return ended.value.code, printed.out, printed.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def wide_experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of 151 MB that is experts alone; do not change it."""
+    import helpers
+
+    folder = tmp_path_factory.mktemp("wide")
+    yield helpers.save_wide(folder)
+    shutil.rmtree(folder)

@@ -171,8 +171,23 @@ def whole_tensors(checkpoint: Checkpoint) -> list[Piece]:
     return in_file_order(Piece(tensor, 0, tensor.nbytes) for tensor in checkpoint.tensors.values())
 
 
-def write_wide_config(folder: Path) -> None:
+def save_wide(folder: Path) -> Path:
+    """Save such a Qwen3-MoE of four layers with 4 experts, 151 MB in four files: its experts alone, all the same."""
+    write_wide_config(folder, layers=4, experts=4)
+    weight = torch.randn(768, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shapes = {"gate_proj": weight, "up_proj": weight, "down_proj": weight.T.contiguous()}
+    weight_map = {}
+    for layer in range(4):
+        names = {f"model.layers.{layer}.mlp.experts.{e}.{p}.weight": w for e in range(4) for p, w in shapes.items()}
+        file = f"model-{layer}.safetensors"
+        save_file({name: w.clone() for name, w in names.items()}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_wide_config(folder: Path, layers: int = 1, experts: int = 64) -> None:
     """Write the config.json of a Qwen3-MoE with one layer of 64 experts, 3 MiB a projection: for dummy weights."""
-    config = TINY_CONFIGS["qwen3_moe"] | {"model_type": "qwen3_moe", "mlp_only_layers": [], "num_hidden_layers": 1}
-    config |= {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64, "hidden_act": "silu"}
+    config = TINY_CONFIGS["qwen3_moe"] | {"model_type": "qwen3_moe", "mlp_only_layers": [], "hidden_act": "silu"}
+    config |= {"num_hidden_layers": layers, "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": experts}
     (folder / "config.json").write_text(json.dumps(config))

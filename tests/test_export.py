@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -23,6 +25,7 @@ from moeplug.checkpoint.writer import read_manifest
 from moeplug.quantization import dequantize, quantize
 from moeplug.scheme import Scheme
 from moeplug.spec import ActivationSpec
+from moeplug.verifying import verify
 
 FP8_TOKENS = ActivationSpec(format="fp8")
 FP8_GROUPS = ActivationSpec(format="fp8", strategy="group", group_size=128)
@@ -392,6 +395,50 @@ def test_an_export_is_the_same_bytes_every_time_and_names_what_made_it(tiny_chec
     assert made["source"]["sha256_of_headers"] == Checkpoint.open(source).fingerprint()
     assert Scheme.from_text(made["scheme"]["yaml"]).sha256 == made["scheme"]["sha256"]
     assert str(tmp_path) not in text
+
+
+MEMORY = """
+import json, pathlib, sys
+from moeplug import api
+from moeplug.registry import Registry
+
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+tiny, wide, target, form = sys.argv[1:]
+registry = Registry.discover()
+api.export(tiny, "int8", target + "-tiny", form, device="cpu", registry=registry)  # imports what is imported late
+layer = max(layer.bytes_after for layer in api.plan(wide, "int8", device="cpu", registry=registry).layers)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+exported = api.export(wide, "int8", target, form, device="cpu", registry=registry)
+print(json.dumps([status("VmHWM") - before, layer, exported.bytes_before, exported.bytes_after]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("form", ["compressed-tensors", "moeplug"])
+def test_an_export_never_has_the_model_in_memory(tiny_checkpoint, wide_experts, tmp_path, form):
+    """151 MB of bf16 in, 75 MB of int8 out: 64 MiB are buffers and arithmetic, and our own form holds one layer."""
+    arguments = [tiny_checkpoint("qwen3_moe"), wide_experts, tmp_path / "export", form]
+    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, layer, before, after = json.loads(done.stdout)
+    shutil.rmtree(tmp_path / "export")
+    assert before > 150_000_000
+    assert after > 75_000_000
+    assert layer < 20 * 2**20
+    assert peak <= 64 * 2**20 + (layer if form == "moeplug" else 0)
+
+
+def test_groups_that_do_not_fill_a_row_are_exported_in_our_own_form_alone(tiny_checkpoint, tmp_path):
+    text = "api: 1\nname: x\nplugin: int8\nweights: {format: int8, strategy: group, group_size: 40, pad: true}\n"
+    source = tiny_checkpoint("qwen3_moe")
+    with pytest.raises(SchemeError, match="compressed-tensors has no shorter last group; use --format moeplug"):
+        api.export(source, Scheme.from_text(text), tmp_path / "export")
+    api.export(source, Scheme.from_text(text), tmp_path / "export", "moeplug")
+    verify(tmp_path / "export", source)
 
 
 def test_every_tensor_of_an_export_is_aligned(tiny_checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 import moeplug
-from moeplug import CheckpointError, Scheme, SchemeError
+from moeplug import CheckpointError, Scheme, SchemeError, api
 from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.integrations.family_check import save, tiny_model
 from moeplug.quantization import Scales, quantize
 from moeplug.registry import Registry
 from moeplug.spec import WeightSpec
+from moeplug.verifying import verify
 
 Writer = Callable[[Tensor, Scales, WeightSpec], dict[str, Tensor]]
 
@@ -229,6 +231,34 @@ def test_gpt_oss_in_mxfp4_is_handed_through_biases_and_all(gpt_oss):
     loaded = moeplug.load(folder, scheme_of(MXFP4), device="cpu", runtime="transformers")
     assert_same_layers(loaded, moeplug.load(original, scheme_of(MXFP4), device="cpu"))
     assert "groups.0.w13_bias" in loaded.layers[0].state_dict()
+
+
+@pytest.mark.parametrize("case", [*CASES, "gpt_oss"])
+def test_our_own_form_takes_over_what_is_stored(stored, gpt_oss, tmp_path, case):
+    folder, spec = (gpt_oss[1], MXFP4) if case == "gpt_oss" else stored(case)[1:]
+    api.export(folder, scheme_of(spec), tmp_path / "export", "moeplug")
+    assert_same_layers(api.load(tmp_path / "export", device="cpu"), api.load(folder, scheme_of(spec), device="cpu"))
+    assert verify(tmp_path / "export", folder).errors[0].worst == 0
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "moeplug"
+
+
+def test_another_form_would_quantize_once_more_and_is_refused(stored, tmp_path):
+    _, folder, spec = stored("int8")
+    with pytest.raises(SchemeError, match=r"already quantized .*copy its folder; else use --format moeplug"):
+        api.export(folder, scheme_of(spec), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_weights_outside_the_experts_that_are_quantized_too_are_not_exported(stored, tmp_path):
+    _, folder, spec = stored("int8")
+
+    def change(tensors):
+        tensors["model.layers.0.self_attn.q_proj.weight_scale"] = torch.ones(64, 1)
+
+    helpers.edit_tensors(folder / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"not its experts alone: .*q_proj.weight_scale"):
+        api.export(folder, scheme_of(spec), tmp_path / "export", "moeplug")
 
 
 def test_mxfp4_blocks_mean_what_transformers_makes_of_them(gpt_oss):

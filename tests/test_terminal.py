@@ -158,3 +158,12 @@ def test_timings_are_shown_when_they_are_asked_for(loaded, capsys):
     on_gpu = replace(loaded.report.timings, gpu_copy=1.0, gpu_quantize=2.0, waited_for_gpu=9.0)
     terminal.print_report(replace(loaded.report, timings=on_gpu), None, None, timings=True)
     assert "GPU  copied 1.00 s, quantized 2.00 s; waited for it 9.00 s" in capsys.readouterr().out
+
+
+def test_a_bar_is_shown_once_it_moves(capsys):
+    with pytest.raises(KeyError), terminal.progress_bar("exporting"):
+        raise KeyError  # planning failed
+    assert capsys.readouterr().err == ""
+    with terminal.progress_bar("exporting") as progress:
+        progress(10, 20)
+    assert "10/20 bytes" in capsys.readouterr().err

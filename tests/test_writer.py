@@ -7,6 +7,8 @@ import errno
 import functools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +20,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moeplug import InputOutputError, UsageError, api
+from moeplug import CheckpointError, InputOutputError, UsageError, api
+from moeplug.checkpoint import writer
 from moeplug.checkpoint.family import find_family
 from moeplug.checkpoint.reader import Checkpoint
 from moeplug.checkpoint.writer import FileLayer, OutputShard, OutputTensor, Staging, in_shards
 from moeplug.exporting import export
 from moeplug.pipeline.plan import SPAN_BYTES, activate_plugins, plan_model
 from moeplug.registry import Registry
+from moeplug.verifying import verify
 
 SHARD_BYTES = 50_000  # several shards of a tiny model
 CPU = torch.device("cpu")
@@ -79,16 +83,32 @@ def reference(source, tmp_path_factory):
 
 
 class Faulty(Unsynced):
-    """Lets the k-th write, fsync or rename fail, once."""
+    """Lets the k-th write, fsync, rename or read fail, once."""
 
     def __init__(self, k, fault):
         self.calls, self.k, self.fault = 0, k, fault
+        self._counted = threading.Lock()
 
     def _is_kth(self):
-        self.calls += 1
-        if self.calls == self.k and isinstance(self.fault, int):
+        with self._counted:
+            self.calls += 1
+            kth = self.calls == self.k
+        if kth and isinstance(self.fault, int):
             raise OSError(self.fault, os.strerror(self.fault))
-        return self.calls == self.k
+        return kth
+
+    @contextlib.contextmanager
+    def reads(self):
+        """Every byte of a source, and of what was written, comes through os.preadv."""
+        original = os.preadv
+
+        def preadv(descriptor, views, offset):
+            given = [views[0][: max(1, views[0].nbytes // 2)]] if self._is_kth() else views
+            return original(descriptor, given, offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            yield self
 
     def write(self, descriptor, data, offset):
         return super().write(descriptor, data[: max(1, data.nbytes // 2)] if self._is_kth() else data, offset)
@@ -111,8 +131,7 @@ def test_whichever_call_fails_the_export_is_whole_or_resumes(source, reference, 
     while True:
         folder = tmp_path / str(k)
         folder.mkdir()
-        files = Faulty(k, fault)
-        with contextlib.suppress(InputOutputError):
+        with Faulty(k, fault).reads() as files, contextlib.suppress(InputOutputError):
             exported(source, folder / "export", form, files=files)
         if not (folder / "export").exists():
             finished = [len(json.loads((path / "moeplug.json").read_text())["files"]) for path in left_by(folder)]
@@ -129,12 +148,12 @@ def test_whichever_call_fails_the_export_is_whole_or_resumes(source, reference, 
     assert max(outcomes) >= len(reference[form]) - 2  # all, or all but config.json, beside moeplug.json
 
 
-@pytest.mark.parametrize("fault", [errno.EINTR, "short write"], ids=str)
-def test_an_interrupted_or_short_write_is_done_again(source, reference, tmp_path, fault):
+@pytest.mark.parametrize("fault", [errno.EINTR, "short"], ids=str)
+def test_an_interrupted_or_short_write_or_read_is_done_again(source, reference, tmp_path, fault):
     k = 1
     while True:
-        files = Faulty(k, fault)
-        exported(source, tmp_path / str(k), files=files)
+        with Faulty(k, fault).reads() as files:
+            exported(source, tmp_path / str(k), files=files)
         assert contents(tmp_path / str(k)) == reference["moeplug"]
         if files.calls < k:
             break
@@ -142,59 +161,51 @@ def test_an_interrupted_or_short_write_is_done_again(source, reference, tmp_path
     assert k > 40
 
 
-KILLED = """
-import os, random, signal, sys, time
-sys.path.insert(0, "tests")
-from pathlib import Path
-import torch
-from test_writer import contents, exported, left_by
-torch.set_num_threads(1)
-source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-reference = contents(exported(source, folder / "reference").folder)
-random.seed(0)
+class Unreadable:
+    """Stands in for os.preadv: the k-th read fails, or finds the end of the file."""
 
-def forked():
-    child = os.fork()
-    if child == 0:
-        exported(source, folder / "export")
-        os._exit(0)
-    return child
+    def __init__(self, k, fault):
+        self.calls, self.k, self.fault, self.read = 0, k, fault, os.preadv
 
-def cleaned():
-    for path in (folder / "export").iterdir():
-        path.unlink()
-    (folder / "export").rmdir()
-
-started = time.perf_counter()
-assert os.waitpid(forked(), 0)[1] == 0
-took = time.perf_counter() - started
-cleaned()
-outcomes = {"new": 0, "resumed": 0, "nothing": 0}
-for _ in range(30):
-    child = forked()
-    time.sleep(random.random() * took)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    if (folder / "export").exists():
-        outcomes["new"] += 1
-    else:
-        outcomes["resumed" if exported(source, folder / "export", resume=True).continued else "nothing"] += 1
-    assert contents(folder / "export") == reference
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    cleaned()
-print(outcomes)
-assert outcomes["resumed"], outcomes
-"""
+    def __call__(self, descriptor, views, offset):
+        self.calls += 1
+        if self.calls == self.k and isinstance(self.fault, int):
+            raise OSError(self.fault, os.strerror(self.fault))
+        return 0 if self.calls == self.k else self.read(descriptor, views, offset)
 
 
-def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [(errno.EIO, InputOutputError, "Input/output error"), ("cut", CheckpointError, "ends at byte .*cut")],
+    ids=["EIO", "cut"],
+)
+@pytest.mark.parametrize("use", ["load", "export"])
+def test_whichever_read_fails_the_error_says_so(source, tmp_path, monkeypatch, use, fault, error, said):
+    """From config.json on, planning included."""
+
+    def used(target, k):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", Unreadable(k, fault))
+            if use == "load":
+                api.load(source, "int8", device="cpu")
+            else:
+                api.export(source, "int8", target, "moeplug", device="cpu", resume=k == 0)
+            return os.preadv.calls
+
+    reads = used(tmp_path / "whole", 0)
+    assert reads >= 5
+    for k in range(1, reads + 1):
+        with pytest.raises(error, match=said):
+            used(tmp_path / "export", k)
+        if use == "export":
+            used(tmp_path / "export", 0)
+            assert contents(tmp_path / "export") == contents(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "export")
+
+
+def test_killed_at_30_random_moments_an_export_is_whole_or_resumes(source):
+    script = Path(__file__).parent / "kill_exports.py"
+    done = subprocess.run([sys.executable, script, "--count=30", f"--model={source}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
@@ -259,6 +270,64 @@ def test_another_model_is_no_continuation(tiny_checkpoint, unfinished, tmp_path)
         exported(tiny_checkpoint("olmoe"), tmp_path / "export", resume=True)
 
 
+CHANGES = {
+    "weights": lambda model: helpers.edit_tensors(model / "model.safetensors", lambda t: t["lm_head.weight"].neg_()),
+    "touched": lambda model: os.utime(model / "model.safetensors", ns=(0, 0)),
+    "tokenizer": lambda model: (model / "tokenizer.json").write_text("{ }"),
+    "no_tokenizer": lambda model: (model / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_an_export_is_never_a_mix_of_a_model_before_and_after_it_changed(small_reads, source, tmp_path, changed):
+    """Headers are the same, so the weights would be taken for those that the finished files were made from."""
+    model = helpers.copy_of(source, tmp_path)
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        exported(model, tmp_path / "export", progress=InterruptedAt(20))
+    (left,) = left_by(tmp_path)
+    before = contents(left)
+    CHANGES[changed](model)
+    planned.cache_clear()
+    file = "tokenizer.json" if "tokenizer" in changed else "model.safetensors"
+    with pytest.raises(UsageError, match=rf"these were changed: {file}; an export is never a mix of two models"):
+        exported(model, tmp_path / "export", resume=True)
+    assert contents(left) == before
+    shutil.rmtree(left)
+    exported(model, tmp_path / "export")
+    verify(tmp_path / "export", model)
+
+
+@pytest.mark.parametrize("form", ["moeplug", "compressed-tensors"])
+@pytest.mark.parametrize("how", ["overwritten", "touched", "cut", "replaced", "tokenizer"])
+def test_a_model_that_changes_while_it_is_exported_ends_the_export(small_reads, source, tmp_path, form, how):
+    model = helpers.copy_of(source, tmp_path)
+    (model / "tokenizer.json").write_text("{}")
+    weights = model / "model.safetensors"
+
+    def change(done, total):
+        if change.left == 0:
+            if how == "overwritten":
+                with weights.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"x")
+            elif how == "replaced":
+                shutil.copy(weights, model / "new")
+                (model / "new").rename(weights)
+            elif how == "tokenizer":
+                (model / "tokenizer.json").write_text("{ }")
+            else:
+                os.utime(weights) if how == "touched" else os.truncate(weights, 5000)
+        change.left -= 1
+
+    change.left = 5
+    with pytest.raises(CheckpointError, match="was changed"):
+        exported(model, tmp_path / "export", form, progress=change)
+    assert not (tmp_path / "export").exists()
+    with pytest.raises((UsageError, CheckpointError)):
+        exported(model, tmp_path / "export", form, resume=True)
+
+
 def test_a_finished_file_that_was_damaged_is_written_again(source, reference, unfinished, tmp_path):
     damaged = helpers.shard_files(unfinished)[0]
     content = bytearray(damaged.read_bytes())
@@ -287,7 +356,7 @@ def test_files_and_folders_are_synced_before_they_are_named(source, tmp_path):
     shard = Watched.done.index(("named", "config.json"))
     assert Watched.done[shard - 1 :] == [
         "config.json.partial", ("named", "config.json"), hidden, "moeplug.json.partial", ("named", "moeplug.json"),
-        hidden, ("named", "export"), tmp_path.name,
+        "moeplug.json.partial", ("named", "moeplug.json"), hidden, ("named", "export"), tmp_path.name,
     ]  # fmt: skip
 
 
@@ -311,7 +380,7 @@ def test_nothing_is_overwritten(source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name, found in (("file", "special file"), ("full", "exists and is not empty"), ("link", "special file")):
+    for name, found in (("file", "is a file"), ("full", "exists and is not empty"), ("link", "a symlink to nothing")):
         with pytest.raises(UsageError, match=found):
             exported(source, tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full", "link"}
@@ -324,6 +393,61 @@ def test_an_empty_folder_becomes_the_export(source, reference, tmp_path):
     (tmp_path / "export").mkdir()
     exported(source, tmp_path / "export")
     assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_symlink_to_an_empty_folder_stays_and_modes_follow_the_umask(source, reference, tmp_path):
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    (tmp_path / "export").symlink_to("disk/empty")
+    before = os.umask(0o027)
+    try:
+        exported(source, tmp_path / "export")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "export").readlink() == Path("disk/empty")
+    assert contents(tmp_path / "disk/empty") == reference["moeplug"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
+    assert (tmp_path / "disk/empty").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "disk/empty").iterdir()} == {0o640}
+    (tmp_path / "model").symlink_to(source)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        exported(source, tmp_path / "model")
+
+
+def test_a_disk_that_takes_no_more_in_the_middle_costs_what_is_not_finished(source, reference, tmp_path):
+    """The limit on a file's size is a quota that needs no mount; Python ignores its signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(map(len, reference["moeplug"].values()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        with pytest.raises(InputOutputError, match="File too large; finished files are kept for --resume"):
+            exported(source, tmp_path / "export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "export").exists()
+    assert exported(source, tmp_path / "export", resume=bool(left_by(tmp_path))).folder.is_dir()
+    assert contents(tmp_path / "export") == reference["moeplug"]
+
+
+def test_a_large_file_is_synced_while_it_grows(source, reference, tmp_path, monkeypatch):
+    """A sync cannot be interrupted, so that none may have much to do."""
+
+    class Growing(FileLayer):
+        unsynced, most = {}, 0
+
+        def write(self, descriptor, data, offset):
+            count = super().write(descriptor, data, offset)
+            self.unsynced[descriptor] = self.unsynced.get(descriptor, 0) + count
+            Growing.most = max(Growing.most, self.unsynced[descriptor])
+            return count
+
+        def fsync(self, descriptor):
+            self.unsynced[descriptor] = 0
+
+    monkeypatch.setattr(writer, "SYNC_BYTES", 10_000)
+    exported(source, tmp_path / "export", "compressed-tensors", files=Growing())
+    largest = max(t.nbytes for t in Checkpoint.open(tmp_path / "export").tensors.values())
+    assert Growing.most <= 10_000 + largest
+    assert contents(tmp_path / "export") == reference["compressed-tensors"]
 
 
 def test_a_target_that_appears_meanwhile_is_left_alone_and_the_export_can_be_resumed(source, reference, tmp_path):
@@ -413,6 +537,25 @@ def test_what_another_machine_left_waits_for_a_person(tmp_path):
         assert not elsewhere.exists()
 
 
+def test_what_dead_processes_left_is_swept_where_nothing_of_it_can_be_resumed(tmp_path):
+    with Staging.open(tmp_path / "export", {}) as staging:
+        machine, boot, *_ = staging.folder.name.rpartition(".moeplug-")[2].split("-")
+        dead = f"{machine}-{boot}-999999999-1"
+        for name, files in {
+            f".begun.moeplug-{dead}": ["model.safetensors", "model-2.safetensors.partial"],
+            f".empty.moeplug-{dead}": [],
+            f".journal.moeplug-{dead}": ["moeplug.json", "model.safetensors"],
+            f".elsewhere.moeplug-{'0' * 8}-{boot}-999999999-1": ["model.safetensors"],
+            ".export.moeplug-notes": ["model.safetensors"],
+        }.items():
+            (tmp_path / name).mkdir()
+            for file in files:
+                (tmp_path / name / file).write_text("x")
+        with Staging.open(tmp_path / "other", {}):
+            found = {path.name.rpartition(".moeplug-")[0] for path in tmp_path.iterdir()}
+    assert found == {".journal", ".elsewhere", ".export", ".other"}
+
+
 def test_what_began_before_a_restart_is_dead(tmp_path):
     with Staging.open(tmp_path / "export", {}) as staging:
         machine, _, number, started = staging.folder.name.rpartition(".moeplug-")[2].split("-")
@@ -428,6 +571,12 @@ def test_shards_hold_every_tensor_once_in_order_and_stay_within_their_size():
     assert all(sum(t.nbytes for t in shard.tensors) <= 40 for shard in shards)
     assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
     assert [shard.name for shard in in_shards(tensors, 10**6)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "t0"])
+def test_a_name_that_a_header_cannot_hold_is_refused(name):
+    with pytest.raises(CheckpointError, match=f"two tensors of the export would be called '{name}'"):
+        in_shards([[OutputTensor("t0", "U8", (1,))], [OutputTensor(name, "U8", (1,))]], 10)
 
 
 def test_a_shard_is_a_file_that_safetensors_reads_whatever_the_dtypes_and_sizes(tmp_path):

@@ -53,6 +53,16 @@ class Stamp:
         status = os.fstat(descriptor)
         return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
+    def require(self, descriptor: int, path: Path) -> None:
+        """Raise CheckpointError where an open file is no longer the one of this stamp."""
+        found = Stamp.of(descriptor)
+        if found != self:
+            differing = [name for name in vars(found) if getattr(found, name) != getattr(self, name)]
+            raise CheckpointError(
+                f"{path}: was changed while it was being read ({', '.join(differing)} differ); "
+                "what was read cannot be trusted: start again when nobody writes to it"
+            )
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -98,6 +108,8 @@ def kind_of(mode: int) -> str:
     """Return what a file is, in words, from its st_mode."""
     kinds = {
         stat.S_IFDIR: "folder",
+        stat.S_IFREG: "file",
+        stat.S_IFLNK: "symlink",
         stat.S_IFIFO: "FIFO (named pipe)",
         stat.S_IFSOCK: "socket",
         stat.S_IFCHR: "character device",
@@ -122,7 +134,9 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
     """Fill `view` from `offset`. The system may give less than was asked, so ask again until it is full."""
     while view.nbytes:
         try:
-            count = os.preadv(descriptor, [view], offset)  # Python itself repeats a read that a signal interrupted
+            count = os.preadv(descriptor, [view], offset)
+        except InterruptedError:  # Python repeats such a read itself; some network file systems give it all the same
+            continue
         except OSError as error:
             refuse_os_error(path, error)
         if count == 0:

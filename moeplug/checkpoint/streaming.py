@@ -20,7 +20,6 @@ from typing import Protocol
 
 from moeplug.checkpoint.files import SourceFile, Stamp, read_into
 from moeplug.checkpoint.safetensors_header import TensorInfo
-from moeplug.errors import CheckpointError
 
 # One thread's share of a span: small enough that several threads have one where the ring has few spans, and large
 # enough that they seldom run Python, which keeps the thread that feeds a GPU waiting (5.5 GB/s with 1 MiB, 10 with 4).
@@ -159,14 +158,19 @@ class FileReader:
 
     def _require_unchanged(self) -> None:
         assert self._current is not None
-        validated = self._files[self._current][1]
-        found = Stamp.of(self._descriptor)
-        if found != validated:
-            differing = [name for name in vars(found) if getattr(found, name) != getattr(validated, name)]
-            raise CheckpointError(
-                f"{self._current}: was changed while it was being read ({', '.join(differing)} differ); "
-                "what was loaded cannot be trusted: start again when nobody writes to it"
-            )
+        self._files[self._current][1].require(self._descriptor, self._current)
+
+
+def start_all(threads: Sequence[threading.Thread], stop: Callable[[], None]) -> None:
+    """Start threads; where the system has none to give, stop and join those that run already."""
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except BaseException:
+            stop()
+            for started in threads[:number]:
+                started.join()
+            raise
 
 
 class Ring:
@@ -198,8 +202,7 @@ class Ring:
         self._threads = [
             threading.Thread(target=self._read, name="moeplug-reader", daemon=True) for _ in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self.stop)
 
     def take(self) -> tuple[Span, memoryview] | None:
         """Return the next span and the buffer that begins with its bytes; None when all were taken, or after `close`.
@@ -241,8 +244,10 @@ class Ring:
             thread.join()
 
     def _read(self) -> None:
-        source, seconds = self._source(), 0.0
+        source: Source | None = None
+        seconds = 0.0
         try:
+            source = self._source()
             while (part := self._part()) is not None:
                 index, start, view = part
                 started = time.perf_counter()
@@ -256,7 +261,8 @@ class Ring:
         except BaseException as error:
             self._error = self._error or error
         finally:
-            source.close()
+            if source is not None:
+                source.close()
             with self._lock:
                 self.read_seconds += seconds
                 self._running -= 1

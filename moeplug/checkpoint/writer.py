@@ -9,7 +9,8 @@
 
 Files grow in a folder beside the target, `.NAME.moeplug-OWNER`; each is synced, then gets its name, then stands in
 moeplug.json with its sha256. Publishing is one rename of the folder. The folder's own name says which process writes
-it, so taking over what a dead process left is one rename too, and no lock can be left behind.
+it, so taking over what a dead process left is one rename too, and no lock can be left behind. What dead processes left
+beside the target, whatever they were writing, is removed where no file of it is finished.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,14 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from moeplug.checkpoint.files import kind_of, strict_json
+from moeplug.checkpoint.files import kind_of, read_into, shown, strict_json
 from moeplug.checkpoint.safetensors_header import DTYPE_BITS, LENGTH_BYTES
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
 
 MANIFEST: Final = "moeplug.json"
+METADATA: Final = "__metadata__"  # in a header: no tensor
 MARK: Final = ".moeplug-"  # between the target's name and the owner's, in the name of an unfinished folder
 PARTIAL: Final = ".partial"
 HASH_BYTES: Final = 1 << 20
+# A sync cannot be interrupted: of 5 GB that the system has not begun to write it takes many seconds, of this much at
+# most 2 on a disk of 130 MB/s.
+SYNC_BYTES: Final = 1 << 28
+RESUMING: Final = "resuming"  # in moeplug.json until it is published: what has to be as it was when it is continued
 T = TypeVar("T")
 
 
@@ -86,7 +93,7 @@ class OutputShard:
     @property
     def header(self) -> bytes:
         """Return everything before the tensors' bytes. The widest dtypes come first, so that each is aligned."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {METADATA: {"format": "pt"}}
         position = 0
         for tensor in sorted(self.tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]):
             offsets = [position, position + tensor.nbytes]
@@ -106,7 +113,12 @@ def in_shards(tensors: Iterable[Sequence[OutputTensor]], limit: int) -> list[Out
     """Return shards of at most `limit` bytes of tensors each, in order; what comes together stays together."""
     parts: list[list[OutputTensor]] = [[]]
     size = 0
+    names = {METADATA}
     for together in tensors:
+        for tensor in together:
+            if tensor.name in names:
+                raise CheckpointError(f"two tensors of the export would be called {shown(tensor.name)}")
+            names.add(tensor.name)
         nbytes = sum(tensor.nbytes for tensor in together)
         if parts[-1] and size + nbytes > limit:
             parts.append([])
@@ -128,13 +140,14 @@ class OutputFile:
         self._descriptor = files.create(self._partial)
         self._offsets: dict[str, int] = {}
         self._missing = 0
+        self._unsynced = 0
 
     def begin(self, shard: OutputShard) -> None:
         """Write a shard's header; `write` then takes its tensors' names."""
         header = shard.header
         self.write_at(0, header)
         entries = json.loads(header[LENGTH_BYTES:])
-        del entries["__metadata__"]
+        del entries[METADATA]
         self._missing = sum(tensor.nbytes for tensor in shard.tensors)
         self._offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
 
@@ -149,12 +162,19 @@ class OutputFile:
         while view.nbytes:
             count = _repeated(lambda: self._files.write(self._descriptor, view, offset))  # noqa: B023  # called at once
             view, offset = view[count:], offset + count
+            self._unsynced += count
+            if self._unsynced >= SYNC_BYTES:
+                self._sync()
+
+    def _sync(self) -> None:
+        _repeated(lambda: self._files.fsync(self._descriptor))
+        self._unsynced = 0
 
     def finish(self) -> dict[str, Any]:
         """Sync and name the file; return its size and the sha256 of what can be read back."""
         assert self._missing == 0, f"{self._path}: {self._missing} bytes of its tensors were not written"
-        _repeated(lambda: self._files.fsync(self._descriptor))
-        digest, size = _digest(self._descriptor)
+        self._sync()
+        digest, size = _digest(self._descriptor, self._path)
         self.close()
         _repeated(lambda: self._files.rename(self._partial, self._path))
         return {"bytes": size, "sha256": digest}
@@ -172,25 +192,35 @@ class Staging:
     _lock: Final = threading.Lock()
     _in_this_process: Final[set[Path]] = set()
 
-    def __init__(self, folder: Path, target: Path, made: Mapping[str, Any], files: FileLayer) -> None:
+    def __init__(
+        self, folder: Path, target: Path, made: Mapping[str, Any], resuming: Mapping[str, str], files: FileLayer
+    ) -> None:
         self.folder, self._target, self._files = folder, target, files
-        self._manifest: dict[str, Any] = {"api": 1, "made": dict(made), "files": {}}
+        self._manifest: dict[str, Any] = {"api": 1, "made": dict(made), RESUMING: dict(resuming), "files": {}}
 
     @classmethod
     @contextmanager
     def open(
-        cls, target: Path, made: Mapping[str, Any], *, resume: bool = False, files: FileLayer | None = None
+        cls,
+        target: Path,
+        made: Mapping[str, Any],
+        *,
+        resuming: Mapping[str, str] | None = None,
+        resume: bool = False,
+        files: FileLayer | None = None,
     ) -> Iterator[Staging]:
-        """Begin a folder for target, or continue the one that is there.
+        """Begin a folder for target, or continue the one that is there. A symlink to a folder is followed, and stays.
 
-        made: what it is made from and how; only an export of the same may be continued. On an error what is finished
-        stays for `resume`, and nothing else. Raises UsageError where the target exists or is being written,
-        InputOutputError where the system refuses.
+        made: what it is made from and how; only an export of the same may be continued. resuming: what else has to be
+        as it was, but is not published. On an error what is finished stays for `resume`, and nothing else. Raises
+        UsageError where the target exists or is being written, InputOutputError where the system refuses.
         """
-        files, target = files or FileLayer(), Path(os.path.abspath(target))  # noqa: PTH100  # resolve() would follow the target itself
-        require_absent(target)
+        files = files or FileLayer()
         with _refusals(target), cls._lock:
-            staging = cls(_take(target, files), target, made, files)
+            require_absent(target)
+            target = target.resolve()
+            _remove_orphans(target.parent)
+            staging = cls(_take(target, files), target, made, resuming or {}, files)
             cls._in_this_process.add(staging.folder)
         try:
             with _refusals(target):
@@ -250,6 +280,7 @@ class Staging:
 
     def publish(self) -> None:
         """Give the folder its name: from now on the export is there."""
+        self._write({key: value for key, value in self._manifest.items() if key != RESUMING})
         self._sync(self.folder)
         require_absent(self._target)
         _repeated(lambda: self._files.rename(self.folder, self._target))
@@ -259,7 +290,9 @@ class Staging:
         """Write moeplug.json anew with one file more. The file's own name is on disk before moeplug.json's is."""
         self._sync(self.folder)
         finished = {**self._manifest["files"], name: dict(facts)}
-        manifest = self._manifest | {"files": dict(sorted(finished.items()))}  # resumed or not, the same bytes
+        self._write(self._manifest | {"files": dict(sorted(finished.items()))})  # resumed or not, the same bytes
+
+    def _write(self, manifest: dict[str, Any]) -> None:
         file = OutputFile(self.folder / MANIFEST, self._files)
         try:
             file.write_at(0, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -277,7 +310,8 @@ class Staging:
                 f"continue it with --resume, or remove {self.folder}"
             )
         if found.get("files"):
-            self._require_same(found["made"])
+            # Without it, a run before this one had finished every file and was about to publish.
+            self._require_same(found.get("made") or {}, found.get(RESUMING, self._manifest[RESUMING]))
             for name, facts in found["files"].items():
                 if is_as_recorded(self.folder / name, facts):
                     self._manifest["files"][name] = facts
@@ -289,8 +323,15 @@ class Staging:
             if path.name not in finished and (path.name != MANIFEST or not finished):
                 path.unlink()
 
-    def _require_same(self, made: Mapping[str, Any]) -> None:
+    def _require_same(self, made: Mapping[str, Any], resuming: Mapping[str, str]) -> None:
         mine = self._manifest["made"]
+        now = self._manifest[RESUMING]
+        changed = sorted(key for key in {*now, *resuming} if now.get(key) != resuming.get(key))
+        if changed and made == mine:
+            raise UsageError(
+                f"{self._target}: since its finished files were made, these were changed: {', '.join(changed)}; an "
+                f"export is never a mix of two models: remove {self.folder} to begin anew"
+            )
         differing = sorted(key for key in {*mine, *made} if mine.get(key) != made.get(key))
         if differing:
             raise UsageError(
@@ -314,11 +355,12 @@ class Staging:
 
 
 def require_absent(target: Path) -> None:
-    """Raise UsageError where something is in the way of a new folder; an empty folder is not."""
+    """Raise UsageError where something is in the way of a new folder; an empty folder is not, nor a symlink to one."""
     if not os.path.lexists(target):
         return
-    if target.is_symlink() or not target.is_dir():
-        raise UsageError(f"{target}: is a {kind_of(target.lstat().st_mode)}; give the name of a folder to make")
+    if not target.is_dir():
+        found = "symlink to nothing" if target.is_symlink() else kind_of(target.lstat().st_mode)
+        raise UsageError(f"{target}: is a {found}; give the name of a folder to make")
     if any(target.iterdir()):
         raise UsageError(f"{target}: exists and is not empty; nothing is ever overwritten: give another folder")
 
@@ -341,18 +383,20 @@ def is_as_recorded(path: Path, facts: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     try:
-        return os.fstat(descriptor).st_size == facts.get("bytes") and _digest(descriptor)[0] == facts.get("sha256")
+        same_size = os.fstat(descriptor).st_size == facts.get("bytes")
+        return same_size and _digest(descriptor, path)[0] == facts.get("sha256")
     finally:
         os.close(descriptor)
 
 
-def _digest(descriptor: int) -> tuple[str, int]:
+def _digest(descriptor: int, path: Path) -> tuple[str, int]:
     """Return the sha256 and the size of an open file."""
-    digest, offset = hashlib.sha256(), 0
-    while part := os.pread(descriptor, HASH_BYTES, offset):
+    digest, size, buffer = hashlib.sha256(), os.fstat(descriptor).st_size, bytearray(HASH_BYTES)
+    for offset in range(0, size, HASH_BYTES):
+        part = memoryview(buffer)[: min(HASH_BYTES, size - offset)]
+        read_into(descriptor, part, offset, path)
         digest.update(part)
-        offset += len(part)
-    return digest.hexdigest(), offset
+    return digest.hexdigest(), size
 
 
 def _repeated(call: Callable[[], T]) -> T:
@@ -409,6 +453,17 @@ def _unfinished(target: Path) -> list[Path]:
     return [path for path in target.parent.iterdir() if path.name.startswith(prefix)] if target.parent.is_dir() else []
 
 
+def _remove_orphans(parent: Path) -> None:
+    """Remove unfinished folders of dead processes of this machine where nothing is finished: no one can use them."""
+    for path in parent.iterdir() if parent.is_dir() else ():
+        named = re.fullmatch(rf"\..+{re.escape(MARK)}[0-9a-f]+-[0-9a-f]+-[0-9]+-[0-9]+", path.name)
+        if named and path.is_dir() and not _is_used(path) and not (path / MANIFEST).exists():
+            with suppress(OSError):  # another export removes it, or takes it over, at this moment
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+
+
 def _owner() -> str:
     """Return this process as a part of a file name: machine, boot, number, start."""
     return f"{_machine()}-{_boot()}-{os.getpid()}-{_started(os.getpid())}"
@@ -430,7 +485,12 @@ def _is_used(folder: Path) -> bool:
 
 
 def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """Return what processes share that see each other: a machine, and in containers of one name a namespace."""
+    try:
+        processes = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        processes = ""
+    return hashlib.sha256(f"{platform.node()} {processes}".encode()).hexdigest()[:8]
 
 
 def _boot() -> str:

@@ -5,6 +5,7 @@ The commands stand in this package's modules by theme; here they become one comm
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -140,4 +141,6 @@ def _run() -> NoReturn:
 
 def _stop(message: str, code: int) -> NoReturn:
     click.echo(f"Error: {message}", err=True)
+    if code > 128:  # by a signal: torch's objects are not looked through once more, 1.8 s of 2 (0.3 without)
+        gc.freeze()
     sys.exit(code)

@@ -24,6 +24,7 @@ from moeplug.moe.experts import QuantizedExperts
 from moeplug.moe.layout import Projection
 from moeplug.pipeline.builder import LayerBuilder, LayerErrors, ModuleClass, StageSeconds
 from moeplug.pipeline.flow import Advance, Timings, from_memory, read_buffers, through_gpu, through_threads
+from moeplug.pipeline.memory import within_memory
 from moeplug.pipeline.plan import STACKED_BYTES, LayerPlan, Plan, plan_layer, plan_model
 from moeplug.pipeline.report import LayerReport, Report, peak_host_bytes, provenance
 from moeplug.quantization import peak_of
@@ -72,8 +73,9 @@ def run(
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     job = (job_class or Job)(plan, registry, module_class, exact_error, into)
+    needed = plan.peak_bytes if into is None else plan.transient_bytes
     try:
-        with one_torch_thread(plan.device):
+        with within_memory(needed, plan.device), one_torch_thread(plan.device):
             timings = job.read_everything(progress or (lambda done, total: None))
     finally:
         registry.tell(LoadEvent("load", "", job.total_bytes, started, time.perf_counter()))

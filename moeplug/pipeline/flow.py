@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moeplug.checkpoint.memory import MemoryCheckpoint
 from moeplug.checkpoint.reader import Piece, Ring, Span
+from moeplug.checkpoint.streaming import start_all
 from moeplug.pipeline.builder import StageSeconds
 from moeplug.pipeline.plan import STAGED
 
@@ -118,8 +119,7 @@ def through_threads(ring: Ring, use: Use, advance: Advance, workers: int) -> Tim
             ring.stop()  # the others then find no more spans
 
     beside = [threading.Thread(target=work_beside, name="moeplug-worker", daemon=True) for _ in range(workers - 1)]
-    for thread in beside:
-        thread.start()
+    start_all(beside, ring.stop)
     try:
         work()
     finally:
