@@ -1,4 +1,4 @@
-"""Measure loading side by side: moeplug, a plain read of the files, safetensors, transformers, a bare loop, memcpy.
+"""Measure loading side by side: moeplug, a plain read, a bare loop, safetensors, transformers, vLLM, memcpy.
 
     python benchmarks/bench_load.py --gpu --out benchmarks/results/load_gpu.json
     python benchmarks/bench_load.py --gigabytes 2.4 --out benchmarks/results/load_cpu.json
@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -44,6 +45,7 @@ CONFIG = {
     "mlp_only_layers": [], "max_position_embeddings": 4096, "rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 0,
 }  # fmt: skip
 SCHEMES = ("int8", "fp8", "fp8-block", "int4-g128")
+VLLM = ("fp8", "int8_per_channel_weight_only")  # its names for what it quantizes while loading
 
 
 def make_checkpoint(folder: Path, layers: int, **sizes: int) -> None:
@@ -178,11 +180,39 @@ def prepare(job: str, checkpoint: Path, files: list[Path], device: str) -> Calla
             transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
         auto = transformers.AutoModelForCausalLM
         return lambda: auto.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map=device)
+    if tool == "vllm":
+        return prepare_vllm(checkpoint, what)
     if tool == "safetensors":
         from safetensors.torch import load_file
 
         return lambda: [load_file(file, device=device) for file in files]
     return lambda: bare_loop(files, device)
+
+
+def prepare_vllm(checkpoint: Path, quantization: str) -> Callable[[], Any]:
+    """Return vLLM's own load, quantizing as it reads, after all that it does before."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    config = EngineArgs(
+        model=str(checkpoint), dtype="bfloat16", quantization=quantization, enforce_eager=True, max_model_len=1024,
+        skip_tokenizer_init=True, attention_backend="TRITON_ATTN",
+    ).create_engine_config()  # fmt: skip
+    with set_current_vllm_config(config):
+        torch.cuda.set_device(0)
+        init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, backend="nccl")
+        ensure_model_parallel_initialized(1, 1)
+        init_workspace_manager(torch.device("cuda:0"))
+
+    def load() -> Any:
+        with set_current_vllm_config(config):
+            return get_model(vllm_config=config)
+
+    return load
 
 
 def bare_loop(files: list[Path], device: str) -> list[Any]:
@@ -347,6 +377,8 @@ def jobs_of(device: str) -> list[str]:
     jobs = ["plain-read 8", "bare-loop int8", *(f"moeplug {scheme}" for scheme in SCHEMES), "memcpy"]
     jobs += [f"plain-read {count}" for count in sorted({1, cores} - {8})]
     jobs += ["safetensors load_file", "transformers bf16"]
+    if device.startswith("cuda") and importlib.util.find_spec("vllm"):
+        jobs += [f"vllm {quantization}" for quantization in VLLM]
     try:
         import accelerate  # noqa: F401  # transformers needs it to load to a device
         import transformers  # noqa: F401
@@ -369,7 +401,10 @@ def measure(args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
             if time.monotonic() > deadline:
                 skipped.append(f"{job} ({state})")
                 continue
-            results += [{"job": job, "cache": state, **run} for run in run_apart(args, job, state)]
+            runs = run_apart(args, job, state)
+            if job.startswith("vllm"):  # it loads once in a process
+                runs += [run for _ in range(args.repeat - 1) for run in run_apart(args, job, state)]
+            results += [{"job": job, "cache": state, **run} for run in runs]
     if skipped:
         print(f"not measured within {args.minutes} minutes: {', '.join(skipped)}", file=sys.stderr)
     return results
@@ -378,7 +413,7 @@ def measure(args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
 def run_apart(args: argparse.Namespace, job: str, state: str) -> list[dict[str, Any]]:
     """Return one job's results, or what went wrong."""
     command = [sys.executable, __file__, "--job", job, "--checkpoint", str(args.checkpoint), "--device", args.device]
-    command += ["--repeat", str(args.repeat), *(["--cold"] if state == "cold" else [])]
+    command += ["--repeat", str(1 if job.startswith("vllm") else args.repeat), *(["--cold"] if state == "cold" else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:

@@ -37,7 +37,7 @@ ALLOWANCE = 64 << 20  # bytes that a load may need beyond what it leaves, unless
 # a part of a millisecond for one weight or for ten.
 SPAN_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 STACKED_BYTES = 4 << 20  # of small weights that are copied side by side, where they do not lie evenly spaced
-MOST_READERS, MOST_WORKERS = 8, 4
+MOST_READERS, MOST_WORKERS = 6, 4
 HOST_BYTES = 16 << 20  # of a load onto a GPU beside its read buffers: threads, tables, events
 STAGED = 2  # buffers on a GPU: one is copied to while the other is quantized
 
