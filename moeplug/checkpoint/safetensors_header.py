@@ -20,6 +20,7 @@ from moeplug.errors import CheckpointError
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = MAX_JSON_BYTES  # the safetensors library's own limit
+MAX_NAME: Final = 1_000  # published names have some 80; every message names tensors
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
     "BOOL": 8,
@@ -120,8 +121,8 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any, first_byte: int, path: Path) -> TensorInfo:
     where = f"{path}: tensor {shown(name)}"
-    if not name.isprintable() or not name:
-        raise CheckpointError(f"{where}: a name has to be printable text")
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise CheckpointError(f"{where}: a name has to be printable text of 1 to {MAX_NAME} characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: found {shown(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

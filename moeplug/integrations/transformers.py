@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moeplug.checkpoint.descriptor import ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
-from moeplug.checkpoint.files import shown
+from moeplug.checkpoint.files import locate_file, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES
 from moeplug.checkpoint.reader import TensorInfo
 from moeplug.errors import CheckpointError, UsageError
@@ -177,9 +177,10 @@ def finish_model(
 
 def meta_model(path: Path) -> Any:
     """Return the model that config.json describes, all of it on the meta device. No remote code is ever run."""
+    _require_own_files(path)
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config = _config_of(path)
             with torch.device("meta"):
                 model = auto_class(config).from_config(config, dtype=config.dtype or torch.bfloat16)
             if (path / "generation_config.json").is_file():
@@ -196,9 +197,22 @@ def meta_model(path: Path) -> Any:
 def reference_model(path: Path, device: torch.device) -> Any:
     """Return the unquantized model as transformers itself loads it, in the checkpoint's dtype."""
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(path, local_files_only=True, dtype="auto")
+        config = _config_of(path)
+        model = auto_class(config).from_pretrained(path, config=config, local_files_only=True, dtype="auto")
     return model.to(device).eval()
+
+
+def _config_of(path: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = None  # a file may name a repository there, whose code transformers would get and run
+    return config
+
+
+def _require_own_files(path: Path) -> None:
+    """Raise CheckpointError where a file that transformers may read is a symlink out of the checkpoint."""
+    for file in path.iterdir():
+        if file.suffix in (".json", ".txt", ".model", ".jinja"):
+            locate_file(path, file.name, allow_symlinks=False)
 
 
 def auto_class(config: Any) -> Any:
@@ -209,6 +223,7 @@ def auto_class(config: Any) -> Any:
 
 def tokenizer_of(path: Path) -> Any:
     """Return the checkpoint's tokenizer."""
+    _require_own_files(path)
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
