@@ -167,7 +167,7 @@ def locate_file(folder: Path, name: str, *, allow_symlinks: bool) -> SourceFile:
         allowed.append(home.parent.parent / "blobs")
     if not allow_symlinks and target.parent not in allowed:
         raise CheckpointError(
-            f"{path}: is a symlink to {shown(str(target))}, outside the checkpoint's folder; copy the file there"
+            f"{path}: is a symlink to {shown(str(target))}, outside the checkpoint's folder; put the file itself there"
         )
     if not target.exists():
         raise CheckpointError(f"{path}: is a symlink to {shown(str(target))}, which does not exist; download it again")
