@@ -205,6 +205,14 @@ def test_float32_is_kept_where_the_models_code_computes_with_it(tmp_path):
 # What config.json and the files beside it may not do
 
 
+@pytest.mark.timeout(60)  # a watchdog: transformers would build them for minutes
+def test_a_vision_tower_of_a_million_layers_is_refused_before_it_is_built(tmp_path):
+    save(tiny_model(find_family({"model_type": "qwen3_vl_moe"}), "qwen3_vl_moe"), tmp_path)
+    helpers.edit_json(tmp_path / "config.json", lambda config: config["vision_config"].update(depth=1_000_000))
+    with pytest.raises(CheckpointError, match=r"config\.json: depth is 1000000; expected at most 1,000"):
+        moeplug.plan(tmp_path, "int8", device="cpu", runtime="transformers")
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_code_of_a_repository_that_config_json_names_is_not_asked_for(tiny_checkpoint, tmp_path, key):
     folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)

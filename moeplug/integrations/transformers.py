@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeplug.checkpoint.config_values import MAX_LAYERS
 from moeplug.checkpoint.descriptor import ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.files import locate_file, shown
@@ -181,10 +183,13 @@ def meta_model(path: Path) -> Any:
     try:
         with quiet():
             config = _config_of(path)
+            _require_few_layers(path, config.to_dict())
             with torch.device("meta"):
                 model = auto_class(config).from_config(config, dtype=config.dtype or torch.bfloat16)
             if (path / "generation_config.json").is_file():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers makes of a config.json that it does not understand
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise CheckpointError(
@@ -206,6 +211,18 @@ def _config_of(path: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = None  # a file may name a repository there, whose code transformers would get and run
     return config
+
+
+def _require_few_layers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a part of the model, such as its vision tower, claims more layers than any has.
+
+    transformers would build them one by one, at 5 ms each, before anyone could see that the files have no such tensors.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_few_layers(path, value)
+        elif isinstance(value, int) and value > MAX_LAYERS and re.fullmatch(r"(n|num)_.*layers|depth", str(key)):
+            raise CheckpointError(f"{path / 'config.json'}: {key} is {value}; expected at most {MAX_LAYERS:,}")
 
 
 def _require_own_files(path: Path) -> None:
