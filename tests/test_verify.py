@@ -226,6 +226,13 @@ def test_a_tensor_too_many_in_an_export_is_refused_by_its_plan(originals, tmp_pa
         api.plan(folder, device="cpu")
 
 
+def test_a_layer_of_an_export_that_config_json_calls_dense_is_not_left_out(originals, tmp_path):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update(mlp_only_layers=[1, 2]))
+    with pytest.raises(CheckpointError, match=r"config.json knows nothing of layer 2, which moeplug.json has"):
+        api.plan(folder, device="cpu")
+
+
 def test_another_model_is_said_to_be_another(exported, tiny_checkpoint):
     with pytest.raises(VerificationError, match="is not the model it was made from"):
         verify(exported, tiny_checkpoint("qwen3_moe"))

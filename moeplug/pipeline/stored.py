@@ -55,6 +55,9 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
         raise CheckpointError(
             f"{checkpoint.path}: {MANIFEST} knows nothing of layer {unknown[0]}, which config.json has"
         )
+    more = sorted(set(map(int, made["dtypes"])) - {layer.index for layer in layers})
+    if more:
+        raise CheckpointError(f"{checkpoint.path}: config.json knows nothing of layer {more[0]}, which {MANIFEST} has")
     layers = [
         replace(
             layer,
