@@ -127,7 +127,14 @@ def generate(
     check_prompt(prompt)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": False, "streamer": streamer, **sampling}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)
+    try:
+        output = model.generate(**inputs, pad_token_id=pad, **options)
+    except (ValueError, TypeError, IndexError) as error:  # what transformers makes of values that it did not check
+        raise CheckpointError(
+            f"transformers cannot generate with the model's generation_config.json: {type(error).__name__}: {error}; "
+            "correct the file, or remove it"
+        ) from error
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from formats import FORMATS, SPECS, blocks, grouped
-from kernel_cases import ALL_CASES, CASES, TOKEN, Case, request_of, run_case
+from kernel_cases import ALL_CASES, CASES, TOKEN, Case, StoredExperts, inputs_of, request_of, run_case
 
 from moeplug import quantization
 from moeplug.kernels import weights
@@ -188,13 +188,38 @@ def _encodes(name: str) -> bool:
     return True
 
 
+def _nan_token() -> bool:
+    """Return whether a token of NaN, in a block with others of its expert, leaves theirs as they are."""
+    same = []
+    for schedule in map(_schedules().get, CHECKED):
+        for activations in (None, TOKEN["int8"]):
+            case = Case("nan", M=6, E=2, H=128, I=128, input_activations=activations, intermediate=activations)
+            request = request_of(case)
+            kernel, experts = Forced(schedule), StoredExperts(Forced(schedule), request, case.E)
+            forward = kernel.bind(request, experts.weights, experts.scales)
+            hidden, topk_weights, topk_ids = inputs_of(case)
+            clean = forward(hidden, topk_weights, topk_ids)
+            hidden[2] = torch.nan
+            spoiled = forward(hidden, topk_weights, topk_ids)
+            others = [0, 1, 3, 4, 5]
+            same.append(bool(spoiled[2].isnan().all()) and torch.equal(spoiled[others], clean[others]))
+    return all(same)
+
+
+CHECKED: Final = ("sorted", "pairs-swap-split", "half")
+CHECKS: Final = {"nan-token": _nan_token}
+
+
 def main(names: list[str]) -> None:
     """Run the named cases (none: all), each in its own try, and print the results as one JSON object."""
     round_conversions()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN: nothing unwritten is read
     results = {}
-    for name in names or [*SERVED, *DECODES, *ENCODES]:
+    for name in names or [*SERVED, *DECODES, *ENCODES, *CHECKS]:
+        if name in CHECKS:
+            results[name] = {"ok": CHECKS[name]()}
+            continue
         if name in DECODES:
             results[name] = {"ok": _decodes(name.removeprefix("decode-"))}
             continue

@@ -461,6 +461,22 @@ def test_a_checkpoint_without_a_tokenizer_is_found_before_the_load(run, no_weigh
     assert str(model) in err
 
 
+@pytest.mark.parametrize("values", [{"num_beams": "x"}, {"repetition_penalty": 0}, {"eos_token_id": "x"}], ids=str)
+def test_a_generation_config_that_no_model_can_follow_is_a_checkpoint_error(run, tmp_path, values):
+    model = demo_with(tmp_path, lambda f: helpers.edit_json(f / "generation_config.json", lambda c: c.update(values)))
+    code, _, err = run("generate", model, "--device", "cpu", "--prompt", "Return the")
+    assert code == 3
+    assert "cannot generate with the model's generation_config.json" in err
+
+
+def test_a_generation_config_that_asks_for_another_form_of_answer_changes_nothing(run, tmp_path):
+    change = lambda c: c.update(return_dict_in_generate=True)  # noqa: E731
+    model = demo_with(tmp_path, lambda f: helpers.edit_json(f / "generation_config.json", change))
+    code, out, _ = run("generate", model, "--device", "cpu", "--prompt", "Return the", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.startswith("Return the")
+
+
 @pytest.mark.parametrize("options", [["--runtime", "none"], ["--dummy"]], ids=["runtime_none", "dummy"])
 @pytest.mark.parametrize("use", [["--prompt", "hello"], ["--text", INT8]], ids=["prompt", "text"])
 def test_a_prompt_or_text_without_a_model_to_run_is_a_usage_error_for_the_demo_too(run, options, use):

@@ -302,6 +302,8 @@ WRONG_VALUES: dict[str, tuple[str, Any, str]] = {
     "zero": ("moe_intermediate_size", 0, "moe_intermediate_size is 0, expected the intermediate size"),
     "negative": ("num_experts_per_tok", -1, "num_experts_per_tok is -1"),
     "absurd": ("num_hidden_layers", 10**15, "num_hidden_layers is 1000000000000000, expected"),
+    "a_layer_too_many": ("num_hidden_layers", 1001, "num_hidden_layers is 1001, expected the layers, a whole number"),
+    "an_expert_too_many": ("num_local_experts", 16385, "expected the experts, a whole number from 1 to 16,384"),
     "fraction": ("hidden_size", 64.0, "hidden_size is 64.0"),
     "more_chosen_than_there_are": ("num_experts_per_tok", 9, "9 experts per token, but only 8 experts"),
     "activation": ("hidden_act", "xielu", "hidden_act is 'xielu', expected one of silu"),

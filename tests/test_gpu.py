@@ -224,3 +224,16 @@ def test_block_scales_in_halves_of_a_tile_give_the_references_numbers():
     # Tensor cores add products of fp8 with about 13 bits: 1e-3 of noise before h is rounded twice, to bfloat16 and to
     # fp8, moves 0.6 % of the result (a simulation in float32); seen: 1.3 %. A wrong scale would be above 5 %.
     assert relative(out, expected) < 0.02
+
+
+@pytest.mark.slow
+def test_an_expert_beyond_2_to_the_31_weights_is_the_one_that_was_stored():
+    """160 experts of 4096 x 4096 in w13: 2.7e9 bytes, 8 GB of bfloat16 before."""
+    g = torch.Generator("cuda").manual_seed(0)
+    sizes = ((160, 4096, 4096), (160, 4096, 2048))
+    w13, w2 = (torch.randn(size, generator=g, device="cuda", dtype=torch.bfloat16) * 0.02 for size in sizes)
+    hidden = torch.randn(3, 4096, generator=g, device="cuda", dtype=torch.bfloat16)
+    one, last = torch.ones(3, 1, device="cuda"), torch.full((3, 1), 159, device="cuda")
+    out = moeplug.quantize_experts(w13, w2, "int8")(hidden, one, last)
+    alone = moeplug.quantize_experts(w13[159:], w2[159:], "int8")(hidden, one, last * 0)
+    assert relative(out, alone) < 0.01  # another schedule rounds h elsewhere; another expert's result is 1.4 away

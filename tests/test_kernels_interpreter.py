@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from interpreter_cases import DECODES, ENCODES, QUICK, SLOW
+from interpreter_cases import CHECKS, DECODES, ENCODES, QUICK, SLOW
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)  # the first test waits for one process that runs all cases
@@ -32,7 +32,7 @@ def run(names: list[str]) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     """What every quick case gave."""
-    return run([*DECODES, *ENCODES, *QUICK])
+    return run([*DECODES, *ENCODES, *CHECKS, *QUICK])
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,10 @@ def test_weights_are_quantized_to_the_bytes_of_the_reference(results, name):
 @pytest.mark.parametrize("name", QUICK)
 def test_the_triton_kernel_gives_the_references_numbers_twice(results, name):
     assert results[name]["ok"], results[name].get("error") or results[name]
+
+
+def test_a_token_of_nan_harms_no_other_token(results):
+    assert results["nan-token"]["ok"]
 
 
 @pytest.mark.slow

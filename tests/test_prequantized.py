@@ -345,6 +345,38 @@ def test_a_scale_that_is_not_finite_is_refused(stored):
             moeplug.load(folder, scheme, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("case", "part", "change"),
+    [
+        ("int8", "weight_scale", lambda t: t.view(-1)[3:4].fill_(3e38)),
+        ("fp8-block", "weight_scale_inv", lambda t: t.view(-1)[1:2].fill_(3e38)),
+        ("fp8-block", "weight", lambda t: t.view(torch.uint8).view(-1)[5:6].fill_(0x7F)),
+    ],
+    ids=["scale_too_large", "block_scale_too_large", "a_code_that_is_NaN"],
+)
+def test_a_stored_weight_that_decodes_to_no_number_is_refused(stored, case, part, change):
+    _, folder, spec = stored(case)
+    name = f"model.layers.0.mlp.experts.1.down_proj.{part}"
+    helpers.edit_tensors(folder / "model.safetensors", lambda t: change(t[name]))
+    for scheme in (scheme_of(spec), scheme_of(WeightSpec(format="int8", strategy="tensor"), requantize=True)):
+        with pytest.raises(CheckpointError, match=r"layer 0, expert 1, down: .*(nan|inf)"):
+            moeplug.load(folder, scheme, device="cpu")
+
+
+def test_a_config_that_speaks_of_quantized_weights_where_there_are_none_is_refused(tiny_checkpoint, tmp_path):
+    folder, (spec, _, config) = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path), CASES["fp8-block"]
+    helpers.edit_json(folder / "config.json", lambda data: data.update(quantization_config=config))
+    with pytest.raises(CheckpointError, match=r"layer 0 .*are missing: .*weight_scale_inv"):
+        moeplug.plan(folder, scheme_of(spec), device="cpu")
+
+
+def test_biases_of_two_dtypes_in_one_layer_are_refused(gpt_oss, tmp_path):
+    folder, name = helpers.copy_of(gpt_oss[1], tmp_path), "model.layers.0.mlp.experts.down_proj_bias"
+    helpers.edit_tensors(folder / "model.safetensors", lambda t: t.update({name: t[name].half()}))
+    with pytest.raises(CheckpointError, match=f"{name}.* expected one dtype for a layer's experts"):
+        moeplug.plan(folder, scheme_of(MXFP4), device="cpu")
+
+
 def test_a_scheme_that_requantizes_has_another_hash_and_older_ones_keep_theirs():
     spec = WeightSpec(format="int8")
     hashes = {scheme_of(spec).sha256, scheme_of(spec, requantize=False).sha256}

@@ -152,6 +152,21 @@ def test_extreme_magnitudes_give_finite_scales_and_finite_reciprocals(spec, magn
     assert bool(torch.isfinite(dequantize(out, scales, Signed())).all())
 
 
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-30, 1e-7, 1e-5])
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
+def test_a_scale_of_16_bits_never_becomes_zero_or_a_number_without_a_reciprocal(scale_dtype, magnitude):
+    """1e-7 / 127 is 0 in float16, and 1 / 2**-24 is beyond its largest number."""
+    weight = torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(1)).clamp(-1, 1) * magnitude
+    for symmetric in (True, False):
+        spec = WeightSpec(
+            format="signed", strategy="group", group_size=32, scale_dtype=scale_dtype, symmetric=symmetric
+        )
+        out, scales = stored_of(weight, spec)
+        assert bool((scales.scale > 0).all())
+        assert bool(torch.isfinite(1 / scales.scale).all())
+        assert bool(torch.isfinite(dequantize(out, scales, Signed())).all())
+
+
 def test_a_scale_beyond_its_dtype_is_refused_not_stored_as_infinity():
     weight = torch.full((1, 2, 64), 3e38)
     with pytest.raises(SchemeError, match="scale_dtype: float16; use scale_dtype: float32"):

@@ -8,6 +8,9 @@ import torch
 
 import moeplug
 from moeplug import CheckpointError, Scheme
+from moeplug.checkpoint.family import find_family
+from moeplug.integrations.family_check import save, tiny_model
+from moeplug.integrations.transformers import reference_model, tokenizer_of
 from moeplug.moe.experts import QuantizedExperts
 
 FORMS = [pytest.param(False, id="per_expert"), pytest.param(True, id="fused")]
@@ -161,3 +164,85 @@ def test_a_dense_tensor_of_the_wrong_shape_is_refused_with_both_shapes(tiny_chec
     )
     with pytest.raises(CheckpointError, match=r"model.norm.weight: is \(63,\); model.norm.weight is \(64,\)"):
         moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+
+
+MIXED = {
+    "linear": ("model.layers.0.self_attn.q_proj.weight", torch.float32),
+    "embedding": ("model.embed_tokens.weight", torch.float16),
+    "norm": ("model.norm.weight", torch.float32),
+    "router": ("model.layers.2.mlp.gate.weight", torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_a_dense_dtype_with_which_the_first_token_would_fail_is_refused(tiny_checkpoint, tmp_path, case):
+    folder, (name, dtype) = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path), MIXED[case]
+    helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(
+        CheckpointError, match=rf"'{name}': dtype F\d\d among weights of BF16: Qwen3MoeForCausalLM cannot"
+    ):
+        moeplug.plan(folder, "int8", device="cpu", runtime="transformers")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64], ids=str)
+def test_a_dense_tensor_that_is_no_plain_weight_is_refused(tiny_checkpoint, tmp_path, dtype):
+    folder, name = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path), "model.embed_tokens.weight"
+    helpers.edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"'{name}': dtype .* is not what .* expected one of BF16, F16, F32"):
+        moeplug.plan(folder, "int8", device="cpu", runtime="transformers")
+
+
+def test_float32_is_kept_where_the_models_code_computes_with_it(tmp_path):
+    family = find_family({"model_type": "deepseek_v3"})
+    save(tiny_model(family, "deepseek_v3").to(torch.bfloat16), tmp_path)
+    name = "model.layers.1.mlp.gate.weight"
+    helpers.edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].float()}))
+    loaded = moeplug.load(tmp_path, "int8", device="cpu", runtime="transformers")
+    assert loaded.model.state_dict()[name].dtype == torch.float32
+    assert bool(torch.isfinite(logits(loaded.model, tokens())).all())
+
+
+# What config.json and the files beside it may not do
+
+
+@pytest.mark.timeout(60)  # a watchdog: transformers would build them for minutes
+def test_a_vision_tower_of_a_million_layers_is_refused_before_it_is_built(tmp_path):
+    save(tiny_model(find_family({"model_type": "qwen3_vl_moe"}), "qwen3_vl_moe"), tmp_path)
+    helpers.edit_json(tmp_path / "config.json", lambda config: config["vision_config"].update(depth=1_000_000))
+    with pytest.raises(CheckpointError, match=r"config\.json: depth is 1000000; expected at most 1,000"):
+        moeplug.plan(tmp_path, "int8", device="cpu", runtime="transformers")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_code_of_a_repository_that_config_json_names_is_not_asked_for(tiny_checkpoint, tmp_path, key):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update({key: "someone/attention"}))
+    loaded = moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+    expected = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cpu", runtime="transformers")
+    assert torch.equal(logits(loaded.model, tokens()), logits(expected.model, tokens()))
+    assert torch.isfinite(logits(reference_model(folder, torch.device("cpu")), tokens())).all()
+
+
+def test_code_that_config_json_points_at_is_never_imported(tiny_checkpoint, tmp_path):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    for name in ("configuration_mine.py", "modeling_mine.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    classes = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    helpers.edit_json(folder / "config.json", lambda config: config.update(auto_map=classes))
+    moeplug.load(folder, "int8", device="cpu", runtime="transformers")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "vocab.txt"])
+def test_a_file_beside_the_weights_that_links_out_of_the_folder_is_refused(tiny_checkpoint, tmp_path, name):
+    folder = helpers.copy_of(tiny_checkpoint("qwen3_moe"), tmp_path)
+    (tmp_path / "outside").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "outside")
+    moeplug.plan(folder, "int8", device="cpu")  # reads none of them
+    for read in (
+        lambda: moeplug.plan(folder, "int8", device="cpu", runtime="transformers"),
+        lambda: tokenizer_of(folder),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name}: is a symlink to .*outside the checkpoint's folder"):
+            read()

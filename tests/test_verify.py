@@ -211,6 +211,29 @@ def test_a_layout_that_cannot_be_read_is_refused(originals, tmp_path, said):
         api.load(folder, device="cpu")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_scale_of_an_export_that_is_not_finite_is_refused_by_a_load(originals, tmp_path, bad):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+    name = "model.layers.2.mlp.experts.groups.0.w2_scale"
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[9:10].fill_(bad))
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: holds NaN or an infinity"):
+        api.load(folder, device="cpu")
+
+
+def test_a_tensor_too_many_in_an_export_is_refused_by_its_plan(originals, tmp_path):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.experts.groups.1.w2": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.groups.1.w2' belongs to no group"):
+        api.plan(folder, device="cpu")
+
+
+def test_a_layer_of_an_export_that_config_json_calls_dense_is_not_left_out(originals, tmp_path):
+    folder = helpers.copy_of(originals["moeplug"], tmp_path)
+    helpers.edit_json(folder / "config.json", lambda config: config.update(mlp_only_layers=[1, 2]))
+    with pytest.raises(CheckpointError, match=r"config.json knows nothing of layer 2, which moeplug.json has"):
+        api.plan(folder, device="cpu")
+
+
 def test_another_model_is_said_to_be_another(exported, tiny_checkpoint):
     with pytest.raises(VerificationError, match="is not the model it was made from"):
         verify(exported, tiny_checkpoint("qwen3_moe"))

@@ -20,6 +20,7 @@ from moeplug.errors import CheckpointError
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = MAX_JSON_BYTES  # the safetensors library's own limit
+MAX_NAME: Final = 1_000  # published names have some 80; every message names tensors
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
     "BOOL": 8,
@@ -122,8 +123,8 @@ def _tensor(name: str, entry: Any, first_byte: int, path: Path) -> TensorInfo:
     def refuse(problem: str) -> NoReturn:
         raise CheckpointError(f"{path}: tensor {shown(name)}: {problem}")
 
-    if not name.isprintable() or not name:
-        refuse("a name has to be printable text")
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        refuse(f"a name has to be printable text of 1 to {MAX_NAME} characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         refuse(f"found {shown(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeplug.checkpoint.config_values import MAX_LAYERS
 from moeplug.checkpoint.descriptor import ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
-from moeplug.checkpoint.files import shown
+from moeplug.checkpoint.files import locate_file, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES
 from moeplug.checkpoint.reader import TensorInfo
 from moeplug.errors import CheckpointError, UsageError
@@ -177,13 +179,17 @@ def finish_model(
 
 def meta_model(path: Path) -> Any:
     """Return the model that config.json describes, all of it on the meta device. No remote code is ever run."""
+    _require_own_files(path)
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config = _config_of(path)
+            _require_few_layers(path, config.to_dict())
             with torch.device("meta"):
                 model = auto_class(config).from_config(config, dtype=config.dtype or torch.bfloat16)
             if (path / "generation_config.json").is_file():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers makes of a config.json that it does not understand
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise CheckpointError(
@@ -196,9 +202,34 @@ def meta_model(path: Path) -> Any:
 def reference_model(path: Path, device: torch.device) -> Any:
     """Return the unquantized model as transformers itself loads it, in the checkpoint's dtype."""
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(path, local_files_only=True, dtype="auto")
+        config = _config_of(path)
+        model = auto_class(config).from_pretrained(path, config=config, local_files_only=True, dtype="auto")
     return model.to(device).eval()
+
+
+def _config_of(path: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = None  # a file may name a repository there, whose code transformers would get and run
+    return config
+
+
+def _require_few_layers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a part of the model, such as its vision tower, claims more layers than any has.
+
+    transformers would build them one by one, at 5 ms each, before anyone could see that the files have no such tensors.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_few_layers(path, value)
+        elif isinstance(value, int) and value > MAX_LAYERS and re.fullmatch(r"(n|num)_.*layers|depth", str(key)):
+            raise CheckpointError(f"{path / 'config.json'}: {key} is {value}; expected at most {MAX_LAYERS:,}")
+
+
+def _require_own_files(path: Path) -> None:
+    """Raise CheckpointError where a file that transformers may read is a symlink out of the checkpoint."""
+    for file in path.iterdir():
+        if file.suffix in (".json", ".txt", ".model", ".jinja"):
+            locate_file(path, file.name, allow_symlinks=False)
 
 
 def auto_class(config: Any) -> Any:
@@ -209,6 +240,7 @@ def auto_class(config: Any) -> Any:
 
 def tokenizer_of(path: Path) -> Any:
     """Return the checkpoint's tokenizer."""
+    _require_own_files(path)
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

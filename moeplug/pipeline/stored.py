@@ -19,7 +19,6 @@ from moeplug.checkpoint.record import read_record
 from moeplug.checkpoint.writer import MANIFEST
 from moeplug.errors import CheckpointError
 from moeplug.hookspecs import StageContext
-from moeplug.kernels.select import Device
 from moeplug.moe.experts import ExpertGroup
 from moeplug.pipeline import Job, LayerPlan, Plan, plan_layer
 from moeplug.pipeline.allocate import buffer_shapes
@@ -55,6 +54,9 @@ def plan_stored(checkpoint: Checkpoint, registry: Registry, device: torch.device
         raise CheckpointError(
             f"{checkpoint.path}: {MANIFEST} knows nothing of layer {unknown[0]}, which config.json has"
         )
+    more = sorted(set(map(int, made["dtypes"])) - {layer.index for layer in layers})
+    if more:
+        raise CheckpointError(f"{checkpoint.path}: config.json knows nothing of layer {more[0]}, which {MANIFEST} has")
     layers = [
         replace(
             layer,
@@ -78,7 +80,8 @@ def _require_stored(checkpoint: Checkpoint, plan: LayerPlan, registry: Registry)
     folder = f"{plan.layer.name}.groups."
     expected: set[str] = set()
     for number, group in enumerate(plan.groups):
-        on_meta = replace(group.ctx, request=replace(group.ctx.request, device=Device("meta")))
+        request = group.ctx.request
+        on_meta = replace(group.ctx, request=replace(request, device=replace(request.device, type="meta")))
         for name, buffer in StoredGroup(on_meta, registry).buffers.items():
             full = f"{folder}{number}.{name}"
             expected.add(full)
