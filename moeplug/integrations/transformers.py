@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeplug.checkpoint.config_values import MAX_LAYERS
-from moeplug.checkpoint.descriptor import ReplacedBlock, expand
+from moeplug.checkpoint.descriptor import MAX_LAYERS, ReplacedBlock, expand
 from moeplug.checkpoint.family import Family
 from moeplug.checkpoint.files import locate_file, shown
 from moeplug.checkpoint.locate import WEIGHT_DTYPES
