@@ -348,6 +348,11 @@ class Registry:
         """The observers that are on."""
         return tuple(self._observers)
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody has to see every call of a stage: what could be done without one is done by it."""
+        return bool(self._observers)
+
     def _answer(self, stage: str, ctx: StageContext, default: Callable[[], Any], given: Mapping[str, Any]) -> Any:
         try:
             answers = self._caller("moeplug_" + stage, ctx.plugin)(ctx=ctx, **given)

@@ -331,7 +331,7 @@ class _GroupBuilder:
         """
         if projection not in self._direct:
             ctx, spec, out = self.ctx, self.ctx.spec(projection), self._views[projection]
-            asked = self._registry.observers or self._registry.answers(ctx.plugin, "load")
+            asked = self._registry.watched or self._registry.answers(ctx.plugin, "load")
             made = None
             if out.device.type == "cuda" and spec is not None and not asked:
                 from moeplug.kernels import weights

@@ -25,6 +25,7 @@ from moeplug.errors import CheckpointError, MoeplugError, SchemeError, UsageErro
 from moeplug.kernels.select import Device
 from moeplug.manifest import API, CAPABILITIES, check_scheme
 from moeplug.pipeline import plan_layer
+from moeplug.registry import Registry
 from moeplug.scheme import Scheme
 from moeplug.testing.layers import (
     OTHER_FILL,
@@ -491,6 +492,10 @@ class SchemeConformance(PluginUnderTest):
             for part in ("scale", "zero_point", "global_scale"):
                 here = getattr(mine, part)
                 assert here is None or same_bytes(here, getattr(its, part).cpu()), f"{part}, expert {expert}"
+        w13, w2 = (weight.to(gpu) for weight in random_weights(self._fitting(scheme)))
+        unwatched = quantize_experts(w13, w2, self._scheme(scheme), registry=Registry.discover())
+        for name, buffer in there.experts.named_buffers():
+            assert same_bytes(unwatched.get_buffer(name), buffer), f"{name}, where nobody watches the stages"
 
     @since_api(1)
     @needs_gpu

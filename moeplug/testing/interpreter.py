@@ -19,9 +19,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from moeplug import quantization
 from moeplug.scheme import Scheme
 from moeplug.testing.layers import (
     H100,
+    Layer,
     Shape,
     WatchedRegistry,
     build,
@@ -75,7 +77,26 @@ def problem_of_kernel(registry: WatchedRegistry, scheme: Scheme, dtype: torch.dt
     layer = build(registry, scheme, shape, as_on_gpu=H100)
     hidden, topk_weights, topk_ids = random_tokens(shape, M=5, dtype=dtype)
     topk_ids[0, 0], topk_ids[1, 1] = -1, shape.E
-    return problem_of(layer, layer.experts(hidden, topk_weights, topk_ids), hidden, topk_weights, topk_ids)
+    problem = problem_of(layer, layer.experts(hidden, topk_weights, topk_ids), hidden, topk_weights, topk_ids)
+    return problem or problem_of_encode(layer)
+
+
+def problem_of_encode(layer: Layer) -> str | None:
+    """Return which weights a format's triton_encode stores otherwise than its encode, or None."""
+    from moeplug.kernels import weights
+
+    for (projection, expert), kept in layer.kept.items():
+        ctx = layer.ctx_of(expert)
+        spec, fmt, words = ctx.spec(projection), ctx.format(projection), ctx.layout.words(projection)
+        if spec is None or not weights.serves(spec, fmt, kept.stored):
+            continue
+        expected, found = torch.zeros_like(kept.stored), torch.ones_like(kept.stored)
+        scales = quantization.quantize(kept.given, spec, fmt, expected, words)
+        assert scales.scale is not None
+        weights.quantize(kept.given, spec, fmt, found, words, torch.empty_like(scales.scale))
+        if not torch.equal(expected, found):
+            return f"expert {expert}, {projection}: triton_encode stores other bytes than encode"
+    return None
 
 
 def problem_of_decode(registry: WatchedRegistry, name: str, dtype: torch.dtype) -> str | None:

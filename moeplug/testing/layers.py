@@ -78,6 +78,11 @@ class WatchedRegistry(Registry):
         self.kept: dict[tuple[Projection, int], Kept] = {}
         self.offences: list[str] = []
 
+    @property
+    def watched(self) -> bool:
+        """Every call of a stage is looked at."""
+        return True
+
     def call(self, stage: str, ctx: StageContext, default: Callable[[], Any], **given: Any) -> Any:
         """Ask for one stage, as `Registry.call` does."""
         if stage == "quantize":
