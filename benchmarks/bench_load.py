@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import queue
+import signal
 import statistics
 import subprocess
 import sys
@@ -392,19 +393,22 @@ def measure(args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
     """Run every job, each in a process of its own, until all are done or the time is up."""
     results: list[dict[str, Any]] = []
     skipped = []
-    for state in ["warm", "cold"] if args.cold else ["warm"]:
-        if state == "warm":
-            plain_read(sorted(args.checkpoint.glob("*.safetensors")), 8)
-        for job in jobs_of(args.device):
-            if state == "cold" and job == "memcpy":
-                continue
-            if time.monotonic() > deadline:
-                skipped.append(f"{job} ({state})")
-                continue
-            runs = run_apart(args, job, state)
-            if job.startswith("vllm"):  # it loads once in a process
-                runs += [run for _ in range(args.repeat - 1) for run in run_apart(args, job, state)]
-            results += [{"job": job, "cache": state, **run} for run in runs]
+    try:
+        for state in ["warm", "cold"] if args.cold else ["warm"]:
+            if state == "warm":
+                plain_read(sorted(args.checkpoint.glob("*.safetensors")), 8)
+            for job in jobs_of(args.device):
+                if state == "cold" and job == "memcpy":
+                    continue
+                if time.monotonic() > deadline:
+                    skipped.append(f"{job} ({state})")
+                    continue
+                runs = run_apart(args, job, state)
+                if job.startswith("vllm"):  # it loads once in a process
+                    runs += [run for _ in range(args.repeat - 1) for run in run_apart(args, job, state)]
+                results += [{"job": job, "cache": state, **run} for run in runs]
+    except KeyboardInterrupt:
+        print("interrupted: what was measured until now is reported", file=sys.stderr)
     if skipped:
         print(f"not measured within {args.minutes} minutes: {', '.join(skipped)}", file=sys.stderr)
     return results
@@ -440,7 +444,8 @@ def python_per_weight(device: str) -> dict[str, Any]:
         planned_at = time.perf_counter()
         moeplug.plan(folder, "int8", device=device, dummy=True, registry=registry)
         plan_seconds = time.perf_counter() - planned_at
-        report = moeplug.load(folder, "int8", device=device, dummy=True, registry=registry).report
+        for _ in range(2):  # the first compiles what a GPU runs
+            report = moeplug.load(folder, "int8", device=device, dummy=True, registry=registry).report
     weights = report.timings.weights
     return {"weights": weights, "plan_seconds": plan_seconds, "us_per_weight": 1e6 * report.seconds / weights,
             "timings": report.timings.as_dict()}  # fmt: skip
@@ -538,6 +543,9 @@ def main() -> None:
         print(json.dumps(run_job(args.job, args.checkpoint, args.device, args.cold, args.repeat)))
         return
     deadline = time.monotonic() + 60 * args.minutes
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends the measuring, as Ctrl-C does: the rest is reported
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         if args.checkpoint is None:
             args.checkpoint = Path(temporary)

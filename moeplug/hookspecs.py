@@ -15,7 +15,8 @@ lies between the stages, reading and copying, they are told with `moeplug_event`
         registry.add_format(MyFormat())
 
 Where weights are quantized on a CPU, stages load and quantize of different weights are called from several threads at
-once, also of one layer; the other stages are called once a group. That holds for observers too.
+once, also of one layer; the other stages are called once a group. That holds for observers too. On a GPU the core's own
+part in these two stages is one launch for several weights, unless an observer watches or a plugin has a hook for load.
 
 Axis letters, and the shapes of w13 (E, 2I, H) and w2 (E, H, I), are those of `moeplug.moe.layout`; E counts the
 group's experts here, in slot order.
