@@ -22,6 +22,31 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+TWO_PLACES: tl.constexpr = tl.constexpr("=r,=r,r")
+FOUR_PLACES: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r")
+
+
+def _assembly(registers: str, constants: dict[str, int], places: list[str]) -> tl.constexpr:
+    """Return PTX that first sets registers to constants, in both halves, then makes the values of each place of a word.
+
+    In a place's text {word} stands for the register of two words, {out} for that of the place's two values.
+    """
+    lines = [f".reg .b32 {registers};"]
+    lines += [f"mov.b32 {name}, {value | value << 16:#010x};" for name, value in constants.items()]
+    lines += [text.format(word=f"${len(places)}", out=f"${place}") for place, text in enumerate(places)]
+    return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
+
+
+def _each_place(bits: int, text: str) -> list[str]:
+    """Return the text of each place, written for the lowest bits of {word}: register w has the others shifted down."""
+    shifted = text.replace("{word}", "w")
+    return [text] + [f"shr.u32 w, {{word}}, {shift};\n{shifted}" for shift in range(bits, 16, bits)]
+
+
+def _high_bytes(text: str) -> list[str]:
+    """Return the text of two places, written for the high byte of {word}: register w has the low byte there."""
+    return ["shl.b32 w, {word}, 8;\n" + text.replace("{word}", "w"), text]
+
 
 @triton.jit
 def decode_identity(words, DTYPE: tl.constexpr):
@@ -33,49 +58,39 @@ def decode_identity(words, DTYPE: tl.constexpr):
 INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(decode_identity, JITFunction))
 
 
+INT8_BF16: tl.constexpr = _assembly(
+    "w, a, b, one",
+    {"one": 0x3F80},
+    _each_place(
+        8,
+        """
+        lop3.b32 a, {word}, 0x007F007F, 0x43004300, 0xEA;  // 128 + the low seven bits
+        lop3.b32 b, {word}, 0x00800080, 0xC300C300, 0xEA;  // -128, or -256 where the sign is set
+        fma.rn.bf16x2 {out}, a, one, b;
+        """,
+    ),
+)
+_INT8_FP16 = """
+    lop3.b32 w, u, 0x00FF00FF, 0x64006400, 0xEA;  // 1024 + 128 + n
+    add.rn.f16x2 {out}, w, bias;
+    """
+INT8_FP16: tl.constexpr = _assembly(
+    "w, u, bias",
+    {"bias": 0xE480},  # -1152
+    ["xor.b32 u, {word}, 0x80808080;" + _INT8_FP16, "shr.u32 u, u, 8;" + _INT8_FP16],
+)
+
+
 @triton.jit
 def decode_int8(words, DTYPE: tl.constexpr):
     """Return two signed bytes: 1.75 instructions a weight in bfloat16, 1.5 in float16."""
     if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, a, b, one;
-            mov.b32 one, 0x3F803F80;
-            lop3.b32 a, $2, 0x007F007F, 0x43004300, 0xEA;  // 128 + the low seven bits
-            lop3.b32 b, $2, 0x00800080, 0xC300C300, 0xEA;  // -128, or -256 where the sign is set
-            fma.rn.bf16x2 $0, a, one, b;
-            shr.u32 w, $2, 8;
-            lop3.b32 a, w, 0x007F007F, 0x43004300, 0xEA;  // 128 + the low seven bits
-            lop3.b32 b, w, 0x00800080, 0xC300C300, 0xEA;  // -128, or -256 where the sign is set
-            fma.rn.bf16x2 $1, a, one, b;
-            }
-            """,
-            "=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+            INT8_BF16, TWO_PLACES, [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 u, w, bias;
-            mov.b32 bias, 0xE480E480;  // -1152
-            xor.b32 u, $2, 0x80808080;
-            lop3.b32 w, u, 0x00FF00FF, 0x64006400, 0xEA;  // 1024 + 128 + n
-            add.rn.f16x2 $0, w, bias;
-            shr.u32 u, u, 8;
-            lop3.b32 w, u, 0x00FF00FF, 0x64006400, 0xEA;
-            add.rn.f16x2 $1, w, bias;
-            }
-            """,
-            "=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
+            INT8_FP16, TWO_PLACES, [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
     else:
         values = (
@@ -100,30 +115,37 @@ def _e2m1(code):
     return tl.where(code >= 8, -value, value)
 
 
+INT4_BF16: tl.constexpr = _assembly(
+    "w, t, one, bias",
+    {"one": 0x3F80, "bias": 0xC308},  # -136
+    _each_place(
+        4,
+        """
+        lop3.b32 t, {word}, 0x000F000F, 0x43004300, 0xEA;  // 128 + n
+        fma.rn.bf16x2 {out}, t, one, bias;
+        """,
+    ),
+)
+INT4_FP16: tl.constexpr = _assembly(
+    "w, t, bias",
+    {"bias": 0xE408},  # -1032
+    _each_place(
+        4,
+        """
+        lop3.b32 t, {word}, 0x000F000F, 0x64006400, 0xEA;  // 1024 + n
+        add.rn.f16x2 {out}, t, bias;
+        """,
+    ),
+)
+
+
 @triton.jit
 def decode_int4(words, DTYPE: tl.constexpr):
     """Return four nibbles less 8, -8 to 7: 1.4 instructions a weight."""
     if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, one, bias;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 bias, 0xC308C308;  // -136
-            lop3.b32 t, $4, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, t, one, bias;
-            shr.u32 w, $4, 4;
-            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $1, t, one, bias;
-            shr.u32 w, $4, 8;
-            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $2, t, one, bias;
-            shr.u32 w, $4, 12;
-            lop3.b32 t, w, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $3, t, one, bias;
-            }
-            """,
-            "=r,=r,=r,=r,r",
+            INT4_BF16,
+            FOUR_PLACES,
             [words],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
@@ -131,24 +153,8 @@ def decode_int4(words, DTYPE: tl.constexpr):
         )
     elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, bias;
-            mov.b32 bias, 0xE408E408;  // -1032
-            lop3.b32 t, $4, 0x000F000F, 0x64006400, 0xEA;
-            add.rn.f16x2 $0, t, bias;
-            shr.u32 w, $4, 4;
-            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
-            add.rn.f16x2 $1, t, bias;
-            shr.u32 w, $4, 8;
-            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
-            add.rn.f16x2 $2, t, bias;
-            shr.u32 w, $4, 12;
-            lop3.b32 t, w, 0x000F000F, 0x64006400, 0xEA;
-            add.rn.f16x2 $3, t, bias;
-            }
-            """,
-            "=r,=r,=r,=r,r",
+            INT4_FP16,
+            FOUR_PLACES,
             [words],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
@@ -164,38 +170,42 @@ def decode_int4(words, DTYPE: tl.constexpr):
     return values
 
 
+E2M1_BF16: tl.constexpr = _assembly(
+    "w, t, bias, nought",
+    {"bias": 0x7E80, "nought": 0x8000},  # 2**126, -0
+    _each_place(
+        4,
+        """
+        and.b32 t, {word}, 0x000F000F;
+        mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+        and.b32 t, t, 0x81C081C0;
+        fma.rn.bf16x2 {out}, t, bias, nought;
+        """,
+    ),
+)
+E2M1_FP16: tl.constexpr = _assembly(
+    "w, t, u, bias",
+    {"bias": 0x7400},  # 2**14
+    _each_place(
+        4,
+        """
+        shl.b32 u, {word}, 9;
+        and.b32 u, u, 0x0E000E00;
+        shl.b32 t, {word}, 12;
+        lop3.b32 t, t, 0x80008000, u, 0xEA;
+        mul.rn.f16x2 {out}, t, bias;
+        """,
+    ),
+)
+
+
 @triton.jit
 def decode_e2m1(words, DTYPE: tl.constexpr):
     """Return four e2m1 numbers: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives (OCP MX v1.0)."""
     if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, bias, nought;
-            mov.b32 bias, 0x7E807E80;  // 2**126
-            mov.b32 nought, 0x80008000;
-            and.b32 t, $4, 0x000F000F;
-            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
-            and.b32 t, t, 0x81C081C0;
-            fma.rn.bf16x2 $0, t, bias, nought;
-            shr.u32 w, $4, 4;
-            and.b32 t, w, 0x000F000F;
-            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
-            and.b32 t, t, 0x81C081C0;
-            fma.rn.bf16x2 $1, t, bias, nought;
-            shr.u32 w, $4, 8;
-            and.b32 t, w, 0x000F000F;
-            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
-            and.b32 t, t, 0x81C081C0;
-            fma.rn.bf16x2 $2, t, bias, nought;
-            shr.u32 w, $4, 12;
-            and.b32 t, w, 0x000F000F;
-            mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
-            and.b32 t, t, 0x81C081C0;
-            fma.rn.bf16x2 $3, t, bias, nought;
-            }
-            """,
-            "=r,=r,=r,=r,r",
+            E2M1_BF16,
+            FOUR_PLACES,
             [words],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
@@ -203,36 +213,8 @@ def decode_e2m1(words, DTYPE: tl.constexpr):
         )
     elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, u, bias;
-            mov.b32 bias, 0x74007400;  // 2**14
-            shl.b32 u, $4, 9;
-            and.b32 u, u, 0x0E000E00;
-            shl.b32 t, $4, 12;
-            lop3.b32 t, t, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $0, t, bias;
-            shr.u32 w, $4, 4;
-            shl.b32 u, w, 9;
-            and.b32 u, u, 0x0E000E00;
-            shl.b32 t, w, 12;
-            lop3.b32 t, t, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $1, t, bias;
-            shr.u32 w, $4, 8;
-            shl.b32 u, w, 9;
-            and.b32 u, u, 0x0E000E00;
-            shl.b32 t, w, 12;
-            lop3.b32 t, t, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $2, t, bias;
-            shr.u32 w, $4, 12;
-            shl.b32 u, w, 9;
-            and.b32 u, u, 0x0E000E00;
-            shl.b32 t, w, 12;
-            lop3.b32 t, t, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $3, t, bias;
-            }
-            """,
-            "=r,=r,=r,=r,r",
+            E2M1_FP16,
+            FOUR_PLACES,
             [words],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
@@ -248,55 +230,42 @@ def decode_e2m1(words, DTYPE: tl.constexpr):
     return values
 
 
+E4M3_BF16: tl.constexpr = _assembly(
+    "w, t, u, bias, nought",
+    {"bias": 0x7B80, "nought": 0x8000},  # 2**120, -0
+    _high_bytes(
+        """
+        shr.u32 u, {word}, 4;
+        and.b32 u, u, 0x07F007F0;
+        lop3.b32 t, {word}, 0x80008000, u, 0xEA;
+        fma.rn.bf16x2 {out}, t, bias, nought;
+        """
+    ),
+)
+E4M3_FP16: tl.constexpr = _assembly(
+    "w, t, u, bias",
+    {"bias": 0x5C00},  # 2**8
+    _high_bytes(
+        """
+        shr.u32 u, {word}, 1;
+        and.b32 u, u, 0x3F803F80;
+        lop3.b32 t, {word}, 0x80008000, u, 0xEA;
+        mul.rn.f16x2 {out}, t, bias;
+        """
+    ),
+)
+
+
 @triton.jit
 def decode_e4m3(words, DTYPE: tl.constexpr):
     """Return two e4m3 numbers (fn: no infinities; its NaN is never stored): 2.25 instructions a weight."""
     if not INTERPRETED and (DTYPE == tl.bfloat16 or DTYPE == tl.float32):  # noqa: SIM300  before Ada there is no fp8
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, u, bias, nought;
-            mov.b32 bias, 0x7B807B80;  // 2**120
-            mov.b32 nought, 0x80008000;
-            shl.b32 w, $2, 8;
-            shr.u32 u, w, 4;
-            and.b32 u, u, 0x07F007F0;
-            lop3.b32 t, w, 0x80008000, u, 0xEA;
-            fma.rn.bf16x2 $0, t, bias, nought;
-            shr.u32 u, $2, 4;
-            and.b32 u, u, 0x07F007F0;
-            lop3.b32 t, $2, 0x80008000, u, 0xEA;
-            fma.rn.bf16x2 $1, t, bias, nought;
-            }
-            """,
-            "=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+            E4M3_BF16, TWO_PLACES, [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     elif not INTERPRETED and DTYPE == tl.float16:  # noqa: SIM300
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 w, t, u, bias;
-            mov.b32 bias, 0x5C005C00;  // 2**8
-            shl.b32 w, $2, 8;
-            shr.u32 u, w, 1;
-            and.b32 u, u, 0x3F803F80;
-            lop3.b32 t, w, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $0, t, bias;
-            shr.u32 u, $2, 1;
-            and.b32 u, u, 0x3F803F80;
-            lop3.b32 t, $2, 0x80008000, u, 0xEA;
-            mul.rn.f16x2 $1, t, bias;
-            }
-            """,
-            "=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
+            E4M3_FP16, TWO_PLACES, [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
     else:
         values = (
@@ -306,31 +275,37 @@ def decode_e4m3(words, DTYPE: tl.constexpr):
     return values
 
 
+_E2M1_IN_PLACE = """
+    and.b32 t, {word}, 0x000F000F;
+    mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
+    and.b32 {out}, t, 0x81C081C0;
+    """
+_E2M1_LAST_IN_PLACE = """
+    shr.u32 w, {word}, 6;
+    and.b32 t, w, 0x01C001C0;
+    lop3.b32 {out}, {word}, 0x80008000, t, 0xEA;  // the sign is there already
+    """
+E2M1_SMALL: tl.constexpr = _assembly("w, t", {}, [*_each_place(4, _E2M1_IN_PLACE)[:3], _E2M1_LAST_IN_PLACE])
+E4M3_SMALL: tl.constexpr = _assembly(
+    "w, u",
+    {},
+    _high_bytes(
+        """
+        shr.u32 u, {word}, 4;
+        and.b32 u, u, 0x07F007F0;
+        lop3.b32 {out}, {word}, 0x80008000, u, 0xEA;
+        """
+    ),
+)
+
+
 @triton.jit
 def decode_e2m1_small(words, DTYPE: tl.constexpr):
     """Return four e2m1 numbers times 2**-126, bfloat16: their bits in place, exponents not corrected."""
     tl.static_assert(DTYPE == tl.bfloat16)  # noqa: SIM300
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 w, t;
-        and.b32 t, $4, 0x000F000F;
-        mul.lo.u32 t, t, 0x1040;  // sign to bit 15, the rest to bits 8 to 6
-        and.b32 $0, t, 0x81C081C0;
-        shr.u32 w, $4, 4;
-        and.b32 t, w, 0x000F000F;
-        mul.lo.u32 t, t, 0x1040;
-        and.b32 $1, t, 0x81C081C0;
-        shr.u32 w, $4, 8;
-        and.b32 t, w, 0x000F000F;
-        mul.lo.u32 t, t, 0x1040;
-        and.b32 $2, t, 0x81C081C0;
-        shr.u32 w, $4, 6;
-        and.b32 t, w, 0x01C001C0;
-        lop3.b32 $3, $4, 0x80008000, t, 0xEA;
-        }
-        """,
-        "=r,=r,=r,=r,r",
+        E2M1_SMALL,
+        FOUR_PLACES,
         [words],
         dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True,
@@ -343,23 +318,7 @@ def decode_e4m3_small(words, DTYPE: tl.constexpr):
     """Return two e4m3 numbers times 2**-120, bfloat16: their bits in place, exponents not corrected."""
     tl.static_assert(DTYPE == tl.bfloat16)  # noqa: SIM300
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 w, u;
-        shl.b32 w, $2, 8;
-        shr.u32 u, w, 4;
-        and.b32 u, u, 0x07F007F0;
-        lop3.b32 $0, w, 0x80008000, u, 0xEA;
-        shr.u32 u, $2, 4;
-        and.b32 u, u, 0x07F007F0;
-        lop3.b32 $1, $2, 0x80008000, u, 0xEA;
-        }
-        """,
-        "=r,=r,r",
-        [words],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
+        E4M3_SMALL, TWO_PLACES, [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
     )
 
 
