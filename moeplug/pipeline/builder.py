@@ -45,6 +45,7 @@ ModuleClass = Callable[[LayerSpec, Sequence[ExpertGroup]], QuantizedExperts]
 # The error of a large weight is taken from every 16th row: of 768 rows, 48, whose error is within 1 % of all rows'.
 SAMPLED_ROWS = 16
 LEAST_ROWS = 48
+MOST_SUMS = 1 << 18  # 16 bytes each, for each row that the error is taken from until a layer is finished
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ class _GroupBuilder:
                 from moeplug.kernels import weights
 
                 fmt, words = ctx.format(projection), ctx.layout.words(projection)
-                if weights.serves(spec, fmt, out):
+                few = out.shape[0] * out.shape[1] // step <= MOST_SUMS
+                if few and weights.serves(spec, fmt, out):
                     made = weights.DirectWeights(out, store.view(projection, "scale"), spec, fmt, words, step)
             self._direct[projection] = made
         return self._direct[projection]
