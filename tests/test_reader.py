@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 
 import helpers
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from moeplug.checkpoint.reader import Checkpoint, read_config
 from moeplug.errors import CheckpointError, InputOutputError, UsageError
@@ -99,6 +102,18 @@ def test_pickles_alone_are_refused_with_the_way_to_convert_them(damaged: Path, n
     message = refusal(damaged)
     assert name in message
     assert "save_pretrained" in message
+
+
+def test_the_command_that_converts_pickles_does(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source, folder = tiny_checkpoint("mixtral"), tmp_path / "somebody's model"
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    command = refusal(folder).splitlines()[-1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    converted = Checkpoint.open(tmp_path / "somebody's model-safetensors")
+    assert converted.tensors.keys() == Checkpoint.open(source).tensors.keys()
 
 
 BAD_FILE_NAMES = {

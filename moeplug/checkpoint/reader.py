@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +287,13 @@ def _only_file(folder: Path, notes: list[str]) -> str:
     if pickles:
         raise CheckpointError(
             f"{folder}: holds only pickles ({_names(pickles)}), which can run code when opened; moeplug never opens "
-            "one. Convert it where you trust it: load the model with transformers and call "
-            'model.save_pretrained("FOLDER"), which writes safetensors'
+            f"one. Where you trust it, convert it, and take its tokenizer along:\n  {_converting(folder)}"
         )
     raise CheckpointError(f"{folder}: holds no .safetensors file; give the folder of a downloaded model")
+
+
+def _converting(folder: Path) -> str:
+    """Return the shell command by which transformers writes a folder's weights as safetensors."""
+    source, target = str(folder), f"{folder.name or 'model'}-safetensors"
+    load = f"m = AutoModelForCausalLM.from_pretrained({source!r}, dtype='auto'); m.save_pretrained({target!r})"
+    return f"python -c {shlex.quote(f'from transformers import AutoModelForCausalLM; {load}')}"
