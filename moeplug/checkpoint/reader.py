@@ -11,6 +11,7 @@ Opening reads no weights. model.safetensors.index.json decides what belongs to t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -294,6 +295,8 @@ def _only_file(folder: Path, notes: list[str]) -> str:
 
 def _converting(folder: Path) -> str:
     """Return the shell command by which transformers writes a folder's weights as safetensors."""
-    source, target = str(folder), f"{folder.name or 'model'}-safetensors"
-    load = f"m = AutoModelForCausalLM.from_pretrained({source!r}, dtype='auto'); m.save_pretrained({target!r})"
-    return f"python -c {shlex.quote(f'from transformers import AutoModelForCausalLM; {load}')}"
+    source, target, auto = (
+        json.dumps(text, ensure_ascii=False) for text in (str(folder), f"{folder.name or 'model'}-safetensors", "auto")
+    )
+    code = f"AutoModelForCausalLM.from_pretrained({source}, dtype={auto}).save_pretrained({target})"
+    return f"python -c {shlex.quote(f'from transformers import AutoModelForCausalLM; {code}')}"
