@@ -138,9 +138,13 @@ class Plan:
 
     @property
     def readers(self) -> int:
-        """Return how many threads read: on a CPU the others quantize."""
+        """Return how many threads read: on a CPU the others quantize.
+
+        At least two, so that a disk has something to do while one waits for a buffer: with one, a cold load of int8 on
+        two cores gave 0.6 to 1.1 GB/s, with two 0.9 to 1.1.
+        """
         cores = usable_cores()
-        return max(1, min(MOST_READERS, cores if self.device.type == "cuda" else cores // 2))
+        return max(2, min(MOST_READERS, cores if self.device.type == "cuda" else cores // 2))
 
     @property
     def workers(self) -> int:
