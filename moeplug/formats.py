@@ -80,8 +80,9 @@ class NumberFormat(ABC):
     def triton_encode(self) -> Any:
         """Return the `@triton.jit` function that encodes a tile, or None: a GPU then uses `encode`, launch by launch.
 
-        Signature: encode(values) -> tile of codes. values is a tile of float32 as `encode` gets them; the codes are
-        what it stores of each, uint8 or int8, nibbles in the low four bits, bit for bit the same.
+        Signature: encode(values) -> codes, rounded. values is a tile of float32 as `encode` gets them; codes are what
+        it stores of each, uint8 or int8, nibbles in the low four bits, bit for bit the same; rounded is what they
+        decode to, float32.
         `moeplug.kernels` has encode_int8, encode_int4 and encode_e4m3.
         """
         return None

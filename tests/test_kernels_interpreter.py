@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,3 +65,15 @@ def test_a_token_of_nan_harms_no_other_token(results):
 @pytest.mark.parametrize("name", SLOW)
 def test_the_triton_kernel_gives_the_references_numbers_twice_for_every_variation(slow_results, name):
     assert slow_results[name]["ok"], slow_results[name].get("error") or slow_results[name]
+
+
+def test_groups_larger_than_a_tile_are_left_to_torch():
+    from interpreter_cases import FORMATS
+
+    from moeplug.kernels import weights
+    from moeplug.spec import WeightSpec
+
+    out = torch.empty(1, 4, 8192, dtype=torch.int8)
+    for size, served in ((weights.TILE, True), (2 * weights.TILE, False)):
+        spec = WeightSpec(format="int8", strategy="group", group_size=size)
+        assert weights.serves(spec, FORMATS["int8"], out) is served

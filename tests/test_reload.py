@@ -116,3 +116,10 @@ def test_a_checkpoint_with_other_layers_is_refused(tiny_checkpoint):
     loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), "int8", device="cpu")
     with pytest.raises(CheckpointError, match="has MoE layers 0-1; the model that is loaded has 0,2"):
         moeplug.reload(loaded, tiny_checkpoint("olmoe"))
+
+
+def test_what_was_loaded_in_inference_mode_can_be_reloaded_outside_of_it(tiny_checkpoint, other):
+    with torch.inference_mode():
+        loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), scheme="int8")
+    assert not any(buffer.is_inference() for layer in loaded.layers.values() for buffer in layer.buffers())
+    moeplug.reload(loaded, other)

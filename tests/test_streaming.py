@@ -158,6 +158,23 @@ def test_an_error_in_the_reading_thread_is_raised_in_the_consumer(
     assert reading_threads() == []
 
 
+def test_a_file_that_cannot_be_closed_is_an_error_and_not_a_wait_without_end(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    pieces = helpers.whole_tensors(checkpoint)
+    original = streaming.FileReader.close
+
+    def fail(self: streaming.FileReader) -> None:
+        original(self)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(streaming.FileReader, "close", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(checkpoint.stream(pieces, helpers.buffers_for(pieces)))
+    assert reading_threads() == []
+
+
 def test_a_stream_reads_at_most_its_buffers_ahead(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

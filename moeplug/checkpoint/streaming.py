@@ -244,25 +244,22 @@ class Ring:
             thread.join()
 
     def _read(self) -> None:
-        source: Source | None = None
         seconds = 0.0
         try:
-            source = self._source()
-            while (part := self._part()) is not None:
-                index, start, view = part
-                started = time.perf_counter()
-                source.read(self._spans[index], start, view)
-                ended = time.perf_counter()
-                seconds += ended - started
-                self._told(self._spans[index], view.nbytes, started, ended)
-                self._arrived(index, view.nbytes)
-            if not self._stopped:
-                source.finish()
+            with closing(self._source()) as source:
+                while (part := self._part()) is not None:
+                    index, start, view = part
+                    started = time.perf_counter()
+                    source.read(self._spans[index], start, view)
+                    ended = time.perf_counter()
+                    seconds += ended - started
+                    self._told(self._spans[index], view.nbytes, started, ended)
+                    self._arrived(index, view.nbytes)
+                if not self._stopped:
+                    source.finish()
         except BaseException as error:
             self._error = self._error or error
         finally:
-            if source is not None:
-                source.close()
             with self._lock:
                 self.read_seconds += seconds
                 self._running -= 1

@@ -144,7 +144,7 @@ def quantize_weights_kernel(
         scaled = tl.div_rn(weights, divisor + tl.zeros((ROWS, GROUPS, GROUP), tl.float32))
         codes, rounded = ENCODE(tl.minimum(tl.maximum(scaled, low), high))
         if has_part:
-            seen = (row % STEP == 0)[:, None, None]
+            seen = mask & (row % STEP == 0)[:, None, None]  # a format need not have 0, which fills a tile
             error = tl.where(seen, rounded * divisor - weights, 0.0).to(tl.float64)
             counted = tl.where(seen, weights, 0.0).to(tl.float64)
             errors += tl.sum(tl.sum(error * error, 2), 1)

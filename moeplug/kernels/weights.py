@@ -82,6 +82,7 @@ def serves(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
     """Return whether `quantize` can do it."""
     group = _columns_of_a_scale(spec)
     in_powers = all(side & (side - 1) == 0 for side in (spec.scale_rows, group)) and spec.scale_rows * group <= 1 << 14
+    in_powers = in_powers and group <= TILE  # a tile holds whole groups
     simple = spec.symmetric and spec.scale_dtype != "float8_e4m3fn" and in_powers and not 0 < group < 16
     return simple and out.stride(2) == 1 and fmt.triton_encode() is not None
 

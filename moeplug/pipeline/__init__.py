@@ -54,6 +54,7 @@ class Result:
     report: Report
 
 
+@torch.inference_mode(False)  # a tensor that one thread makes in that mode no other thread could write to
 def run(
     plan: Plan,
     registry: Registry,

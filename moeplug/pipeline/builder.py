@@ -330,19 +330,20 @@ class _GroupBuilder:
 
         Observers see every stage, and what a plugin's stage load returns is looked at.
         """
-        if projection not in self._direct:
-            ctx, spec, out = self.ctx, self.ctx.spec(projection), self._views[projection]
-            asked = self._registry.watched or self._registry.answers(ctx.plugin, "load")
-            made = None
-            if out.device.type == "cuda" and spec is not None and not asked:
-                from moeplug.kernels import weights
+        with self._lock:  # what a second one made is measured nowhere
+            if projection not in self._direct:
+                ctx, spec, out = self.ctx, self.ctx.spec(projection), self._views[projection]
+                asked = self._registry.watched or self._registry.answers(ctx.plugin, "load")
+                made = None
+                if out.device.type == "cuda" and spec is not None and not asked:
+                    from moeplug.kernels import weights
 
-                fmt, words = ctx.format(projection), ctx.layout.words(projection)
-                few = out.shape[0] * out.shape[1] // step <= MOST_SUMS
-                if few and weights.serves(spec, fmt, out):
-                    made = weights.DirectWeights(out, store.view(projection, "scale"), spec, fmt, words, step)
-            self._direct[projection] = made
-        return self._direct[projection]
+                    fmt, words = ctx.format(projection), ctx.layout.words(projection)
+                    few = out.shape[0] * out.shape[1] // step <= MOST_SUMS
+                    if few and weights.serves(spec, fmt, out):
+                        made = weights.DirectWeights(out, store.view(projection, "scale"), spec, fmt, words, step)
+                self._direct[projection] = made
+            return self._direct[projection]
 
     def keep(self, projection: Projection, slot: int, values: Tensor, scales: Scales, origin: str) -> None:
         """Write values (1, N, K) that the group's format has, and their scales, as they are."""
