@@ -214,12 +214,7 @@ def reload(loaded: Loaded, source: str | Path | Mapping[str, Tensor], *, progres
     layers_now = tuple(replace(old, groups=groups[old.layer.index]) for old in planned.layers)
     planned = replace(planned, layers=layers_now)
     dense = _dense_targets(loaded, planned) if with_dense else {}
-    for module in layers.values():
-        module.unfinished = f"a reload from {checkpoint.path} did not come to its end; reload again"
-    result = run(planned, registry, progress, into=Targets(layers, dense))
-    for module in layers.values():
-        module.unfinished = None
-    return result.report
+    return run(planned, registry, progress, into=Targets(layers, dense)).report
 
 
 def _require_same_layers(planned: Plan, layers: Mapping[int, QuantizedExperts]) -> None:

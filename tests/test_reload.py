@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import moeplug
 from moeplug import CheckpointError, UsageError
+from moeplug.checkpoint.memory import MemoryCheckpoint
+from moeplug.checkpoint.streaming import Piece
 
 SCHEMES = ["int8", "int8-g32"]
 DOWN = "model.layers.2.mlp.experts.7.down_proj.weight"
@@ -123,3 +125,20 @@ def test_what_was_loaded_in_inference_mode_can_be_reloaded_outside_of_it(tiny_ch
         loaded = moeplug.load(tiny_checkpoint("qwen3_moe"), scheme="int8")
     assert not any(buffer.is_inference() for layer in loaded.layers.values() for buffer in layer.buffers())
     moeplug.reload(loaded, other)
+
+
+def test_a_reload_that_is_refused_before_it_begins_marks_no_layer(tiny_checkpoint, monkeypatch):
+    source = tiny_checkpoint("olmoe")
+    loaded = moeplug.load(source, "int8", device="cpu", runtime="none")
+    monkeypatch.setattr("moeplug.pipeline.memory.available_bytes", lambda: 0)
+    with pytest.raises(moeplug.InputOutputError, match="Nothing was read"):
+        moeplug.reload(loaded, source)
+    assert all(layer.unfinished is None for layer in loaded.layers.values())
+
+
+def test_tensors_that_do_not_lie_in_order_give_their_bytes_a_part_at_a_time():
+    stack = torch.randn(4, 6, 8).mT
+    checkpoint = MemoryCheckpoint.of({"experts": stack}, {})
+    tensor, expected = checkpoint.tensors["experts"], stack.contiguous().view(-1).view(torch.uint8)
+    for start, nbytes in ((0, 768), (192, 192), (300, 200)):
+        assert torch.equal(checkpoint.content(Piece(tensor, start, nbytes)), expected[start : start + nbytes])

@@ -61,5 +61,11 @@ class MemoryCheckpoint:
 
     def content(self, piece: Piece) -> Tensor:
         """Return a piece's bytes, (n,) uint8, where the tensor is: a view of a contiguous one."""
-        flat = self.contents[piece.tensor.name].detach().contiguous().view(-1).view(torch.uint8)
-        return flat[piece.start : piece.start + piece.nbytes]
+        tensor = self.contents[piece.tensor.name].detach()
+        start = piece.start
+        if tensor.dim() > 1 and not tensor.is_contiguous():  # of a transposed stack of experts, copy those asked for
+            each = piece.tensor.nbytes // tensor.shape[0]
+            first = start // each
+            tensor, start = tensor[first : -(-(start + piece.nbytes) // each)], start - first * each
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        return flat[start : start + piece.nbytes]

@@ -81,10 +81,16 @@ def largest_magnitude(weight: Tensor) -> Tensor:
 def serves(spec: WeightSpec, fmt: NumberFormat, out: Tensor) -> bool:
     """Return whether `quantize` can do it."""
     group = _columns_of_a_scale(spec)
-    in_powers = all(side & (side - 1) == 0 for side in (spec.scale_rows, group)) and spec.scale_rows * group <= 1 << 14
-    in_powers = in_powers and group <= TILE  # a tile holds whole groups
+    in_powers = all(side & (side - 1) == 0 for side in (spec.scale_rows, group))
+    in_powers = in_powers and spec.scale_rows * max(group, 64) <= 1 << 14 and group <= TILE  # tiles hold whole groups
     simple = spec.symmetric and spec.scale_dtype != "float8_e4m3fn" and in_powers and not 0 < group < 16
     return simple and out.stride(2) == 1 and fmt.triton_encode() is not None
+
+
+def parts_of_sums(N: int, K: int, spec: WeightSpec, step: int) -> int:
+    """Return in how many parts the error of a weight (N, K), of every step-th row, is summed."""
+    rows, _, column_tiles = _tiles(K, spec)
+    return int(triton.cdiv(N, step if rows < step else rows) * column_tiles)
 
 
 def quantize(weight: Tensor, spec: WeightSpec, fmt: NumberFormat, out: Tensor, words: bool, scale: Tensor) -> None:
@@ -102,8 +108,7 @@ class DirectWeights:
         step: the error is taken from rows 0, step, 2 * step, … alone.
         """
         (E, N, packed), device = out.shape, out.device
-        rows, _, column_tiles = _tiles(packed * fmt.values_per_element, spec)
-        parts = triton.cdiv(N, step if rows < step else rows) * column_tiles
+        parts = parts_of_sums(N, packed * fmt.values_per_element, spec, step)
         self._given = spec, fmt, words, step
         self._peaks = torch.zeros(E, dtype=torch.int32, device=device)
         self._sums = torch.empty(E, parts, 2, dtype=torch.float64, device=device)

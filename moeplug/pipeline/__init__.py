@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -76,7 +76,10 @@ def run(
     job = (job_class or Job)(plan, registry, module_class, exact_error, into)
     needed = plan.peak_bytes if into is None else plan.transient_bytes
     try:
-        with within_memory(needed, plan.device), one_torch_thread(plan.device):
+        # A reload from tensors in memory has one worker, which may have all of torch's threads.
+        alone = isinstance(plan.checkpoint, MemoryCheckpoint)
+        threads = nullcontext() if alone else one_torch_thread(plan.device)
+        with within_memory(needed, plan.device), threads, _unfinished_until_the_end(plan, into):
             timings = job.read_everything(progress or (lambda done, total: None))
     finally:
         registry.tell(LoadEvent("load", "", job.total_bytes, started, time.perf_counter()))
@@ -92,6 +95,17 @@ def run(
         timings=timings,
     )
     return Result(dict(sorted(job.finished.items())), job.dense, report)
+
+
+@contextmanager
+def _unfinished_until_the_end(plan: Plan, into: Targets | None) -> Iterator[None]:
+    """Mark layers that take other weights; where the block raises, they stay marked."""
+    layers = () if into is None else into.layers.values()
+    for module in layers:
+        module.unfinished = f"a reload from {plan.checkpoint.path} did not come to its end; reload again"
+    yield
+    for module in layers:
+        module.unfinished = None
 
 
 class Job:

@@ -45,7 +45,9 @@ ModuleClass = Callable[[LayerSpec, Sequence[ExpertGroup]], QuantizedExperts]
 # The error of a large weight is taken from every 16th row: of 768 rows, 48, whose error is within 1 % of all rows'.
 SAMPLED_ROWS = 16
 LEAST_ROWS = 48
-MOST_SUMS = 1 << 18  # 16 bytes each, for each row that the error is taken from until a layer is finished
+# Parts of a projection's errors that a GPU keeps until its layer is finished: 16 bytes each, together a part of the
+# float32 scratch that weights quantized in place do not need.
+MOST_SUMS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ class LayerBuilder:
         measured = torch.cat([torch.cat([s, p.double()], dim=1) for _, _, s, p in self._measured]).cpu()
         projections = self._layer.projections
         at = [e * len(projections) + projections.index(p) for p, experts, _, _ in self._measured for e in experts]
+        assert sorted(at) == list(range(self._layer.num_experts * len(projections))), "each weight is measured once"
         ordered = torch.empty_like(measured)
         ordered[at] = measured
         return ordered[:, :2], ordered[:, 2:]
@@ -339,8 +342,8 @@ class _GroupBuilder:
                     from moeplug.kernels import weights
 
                     fmt, words = ctx.format(projection), ctx.layout.words(projection)
-                    few = out.shape[0] * out.shape[1] // step <= MOST_SUMS
-                    if few and weights.serves(spec, fmt, out):
+                    parts = weights.parts_of_sums(out.shape[1], out.shape[2] * fmt.values_per_element, spec, step)
+                    if out.shape[0] * parts <= MOST_SUMS and weights.serves(spec, fmt, out):
                         made = weights.DirectWeights(out, store.view(projection, "scale"), spec, fmt, words, step)
                 self._direct[projection] = made
             return self._direct[projection]

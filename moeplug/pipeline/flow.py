@@ -220,5 +220,7 @@ def read_buffers(count: int, nbytes: int, device: torch.device) -> Iterator[list
     try:
         yield views
     finally:
-        torch.cuda.synchronize(device)  # where an error ended the load, a copy may be under way
-        torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))
+        try:
+            torch.cuda.synchronize(device)  # where an error ended the load, a copy may be under way
+        finally:
+            cudart.cudaHostUnregister(block.data_ptr())
